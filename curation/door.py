@@ -1,0 +1,69 @@
+"""The door to language models: what curation asks of one. Implementations live elsewhere and are handed in by flows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import pyarrow as pa
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. temperature 0 is greedy; `max_tokens` counts new tokens; top_p is nucleus sampling."""
+
+    temperature: float = 0.8
+    top_p: float = 0.95
+    max_tokens: int = 128
+    logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """One conversation to continue. `seed` makes this request's answer independent of its batch."""
+
+    messages: tuple[tuple[str, str], ...]  # (role, content)
+    seed: int
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True)
+class ChatAnswer:
+    text: str
+    prompt_tokens: int
+    tokens: int
+    finished: bool  # ended by its own end-of-turn token, not cut by max_tokens
+    logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ChatError:
+    """A typed failure of one request: `kind` is a short code (too_long, refused, timeout, …)."""
+
+    kind: str
+    detail: str
+
+
+class ChatModel(Protocol):
+    """Batched chat completion."""
+
+    name: str
+    digest: str  # of weights, tokenizer and chat template
+
+    def complete(
+        self, requests: Sequence[ChatRequest], progress: Progress | None = None
+    ) -> list[ChatAnswer | ChatError]:
+        """One answer or error per request, in order; never raises for one bad request."""
+
+
+class ResponseScorer(Protocol):
+    """Log-probabilities of responses under a causal LM, given their prompts, with the model's own chat template."""
+
+    digest: str
+
+    def response_scores(self, rows: pa.Table, progress: Progress | None = None) -> pa.Table:
+        """For each row, in order: `tokens` (int32, trained assistant tokens), `nll` (float64, sum of their negative
+        log-probabilities in nats), `mean_prob` and `min_prob` (float64); all null where nothing could be scored (no
+        assistant turn; longer than the model's context)."""

@@ -1,0 +1,162 @@
+"""What a step of curation is: measures, judges and makers, and what the engine hands them.
+
+Each is a frozen dataclass. Its fields are its configuration, its repr is its name in the ledger, and a recipe names it
+by its class. There is no registry: `find_steps` walks the modules of judges/, measures/ and makers/.
+"""
+
+import importlib
+import inspect
+import json
+import pkgutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import pyarrow as pa
+
+from .door import ChatModel, Progress, ResponseScorer
+
+VERDICT = pa.schema(
+    [
+        pa.field("keep", pa.bool_(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("score", pa.float64()),
+        pa.field("evidence", pa.string()),  # JSON
+    ]
+)
+
+
+def verdicts(
+    keep: Sequence[bool],
+    reason: str | Sequence[str | None] | None = None,
+    score: Sequence[float | None] | None = None,
+    evidence: Sequence[Mapping[str, Any] | None] | None = None,
+) -> pa.Table:
+    """Verdicts aligned with the judged rows. A single `reason` goes to every dropped row; kept rows carry none."""
+    size = len(keep)
+    if reason is None or isinstance(reason, str):
+        reason = [None if kept else reason for kept in keep]
+    proof = [None if item is None else json.dumps(item, ensure_ascii=False, sort_keys=True) for item in evidence or ()]
+    return pa.table(
+        {
+            "keep": pa.array(keep, pa.bool_()),
+            "reason": pa.array(reason, pa.string()),
+            "score": pa.array([None] * size if score is None else score, pa.float64(), from_pandas=True),
+            "evidence": pa.array(proof or [None] * size, pa.string()),
+        },
+        schema=VERDICT,
+    )
+
+
+class Tools(Protocol):
+    """What flows hands to the steps that need a model or another set's rows."""
+
+    def scorer(self, model: str) -> ResponseScorer:
+        """Scorer of the model that the recipe calls `model`."""
+
+    def chat(self, model: str) -> ChatModel:
+        """Chat model that the recipe calls `model`, or the model that the training stage `model` ended with."""
+
+    def digest(self, model: str) -> str:
+        """Digest of a model's weights, without loading it."""
+
+    def curated(self, set_name: str, split: str) -> Iterator[pa.Table]:
+        """Curated rows (schema ROW) of an earlier set of this run; split is `train` or `test`."""
+
+
+class Measure(Protocol):
+    """rows -> value columns. Pure, batched; its values are cached by content_id, its own repr, `version` and the
+    digest of the model it names."""
+
+    version: ClassVar[int]
+    columns: ClassVar[dict[str, pa.DataType]]  # name -> type of each value column
+    model: str | None  # the model it needs, by its name in the recipe
+
+    def measure(self, rows: pa.Table, tools: Tools, progress: Progress) -> pa.Table:
+        """One row of `columns` for each row (schema ROW), in order."""
+
+
+class Corpus(Protocol):
+    """The live rows of a set, as a corpus judge or a maker sees them: in a fixed order, part by part."""
+
+    rows: int
+    seed: int
+    scratch: Path  # a folder for intermediate files, removed after the step
+    progress: Progress
+    tools: Tools
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Live rows, one table per part, with these columns of ROW (default: all)."""
+
+    def values(self, columns: Sequence[str]) -> pa.Table:
+        """Value columns of the judge's `needs`, for all live rows in the order of `tables`."""
+
+    def held_out(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The set's held-out rows."""
+
+
+@runtime_checkable
+class RowJudge(Protocol):
+    """Keeps or drops a row by looking at that row and its measures."""
+
+    scope: ClassVar[Literal["row"]]
+    score: ClassVar[str | None]  # the value column that it judges by, for histograms and for `why`
+
+    @property
+    def needs(self) -> tuple[Measure, ...]:
+        """Measures whose columns `judge` reads."""
+
+    def limits(self) -> tuple[float | None, float | None]:
+        """Lowest and highest score that is kept (None: no limit)."""
+
+    def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
+        """Verdicts (schema VERDICT), aligned with `rows` (schema ROW) and `values` (columns of `needs`)."""
+
+
+@runtime_checkable
+class CorpusJudge(Protocol):
+    """Keeps or drops rows by looking at the columns of all rows. The same members as RowJudge, but for `judge`."""
+
+    scope: ClassVar[Literal["corpus"]]
+    score: ClassVar[str | None]
+
+    @property
+    def needs(self) -> tuple[Measure, ...]:
+        """Measures whose columns the judge reads through `corpus.values`."""
+
+    def limits(self) -> tuple[float | None, float | None]:
+        """Lowest and highest score that is kept (None: no limit)."""
+
+    def judge(self, corpus: Corpus) -> pa.Table:
+        """Verdicts (schema VERDICT) for all live rows, in the order of `corpus.tables()`."""
+
+
+@runtime_checkable
+class Maker(Protocol):
+    """Yields new rows with parents (curation.rows.made_row)."""
+
+    scope: ClassVar[Literal["maker"]]
+    consumes: ClassVar[str | None]  # reason with which a parent that something was made from leaves the set, or None
+    model: str | None  # the model it needs: a model of the recipe, or an earlier training stage
+
+    def make(self, corpus: Corpus) -> Iterator[pa.Table]:
+        """Tables of new rows (schema ROW)."""
+
+
+Step = RowJudge | CorpusJudge | Maker
+
+
+def find_steps() -> dict[str, type[Any]]:
+    """Every measure, judge and maker by class name. Their modules import nothing heavy at the top."""
+    found: dict[str, type[Any]] = {}
+    for room in ("judges", "makers", "measures"):
+        package = f"{__package__}.{room}"
+        folder = Path(__file__).with_name(room)
+        for info in pkgutil.iter_modules([str(folder)]):
+            module = importlib.import_module(f"{package}.{info.name}")
+            for name, kind in inspect.getmembers(module, inspect.isclass):
+                if kind.__module__ == module.__name__ and is_dataclass(kind) and not name.startswith("_"):
+                    if hasattr(kind, "scope") or hasattr(kind, "measure"):
+                        found[name] = kind
+    return found
