@@ -1,0 +1,374 @@
+"""Conversations to token ids and loss weights, by the model's own chat template.
+
+The template is rendered to text, the text is tokenised once without special tokens of the tokenizer's own (a template
+writes its BOS itself), and the loss mask comes from character offsets. Where an assistant turn begins is what the
+template renders for the turns before it with a generation prompt, so that training sees a turn exactly as generation
+will start it. A template that rewrites earlier turns (Qwen3 takes reasoning out of the history) gives one example per
+assistant turn instead of one per conversation.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..curation.folder import HouseError
+from ..curation.shards import plain_messages
+
+Message = Mapping[str, Any]
+Train = Literal["assistant", "last"]
+
+BATCH_ROWS = 2_000  # rows rendered and tokenised at once
+_MARK = "\ue000content\ue001"  # stands for a turn's content while its place in the rendered text is looked up
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One training example. weights[t] is the loss weight of predicting ids[t] from the ids before it, 0 where nothing
+    is learnt; weights[0] is always 0."""
+
+    ids: NDArray[np.int32]
+    weights: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """Rendered text and its weighted characters (start, end, weight), a later one overriding an earlier one."""
+
+    text: str
+    spans: tuple[tuple[int, int, float], ...] = ()
+
+
+class Template:
+    """A tokenizer's chat template, ready to render many conversations."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = dict(tokenizer.special_tokens_map)
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._closing = tuple(special | {tokenizer.eos_token} - {None})
+
+    def render(self, messages: Sequence[Message], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
+        """The conversation as text; with `prompt`, up to where the assistant's next turn begins.
+
+        HouseError where the template refuses the conversation, with the template's own words."""
+        try:
+            (text,), _ = render_jinja_template(
+                conversations=[[{"content": "", **turn} for turn in messages]],
+                tools=tools,
+                chat_template=self._tokenizer.get_chat_template(None, tools),
+                add_generation_prompt=prompt,
+                **self._tokens,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise HouseError(f"the chat template refuses this conversation: {error}") from error
+        return str(text)
+
+    def turn(self, messages: Sequence[Message], index: int, tools: list[Any] | None) -> tuple[str, int, int]:
+        """The text up to and with assistant turn `index`, and where that turn starts and ends in it (characters, the
+        end-of-turn token included, white space after it not)."""
+        try:
+            prefix = self.render(messages[:index], tools, prompt=True)
+            text = self.render(messages[: index + 1], tools)
+        except HouseError as error:
+            raise HouseError(f"turn {index}: {error}") from error
+        if not text.startswith(prefix):
+            raise HouseError(
+                f"turn {index}: the chat template renders the prompt of this assistant turn otherwise than the turn "
+                f"itself (prompt ends in {prefix[-40:]!r}, turn begins {text[max(0, len(prefix) - 40) :][:60]!r}), so "
+                "nothing says where it starts; use a template whose generation prompt is a prefix of the finished turn"
+            )
+        body = text[len(prefix) :].rstrip()
+        if not body.endswith(self._closing):
+            raise HouseError(
+                f"turn {index}: the chat template ends an assistant turn in {text[-20:]!r}, which is no special token: "
+                "a model tuned with it would never learn to stop; end each assistant turn with the EOS token"
+            )
+        return text, len(prefix), len(prefix) + len(body)
+
+
+def tokenise_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    tools: list[Any] | None = None,
+    spans: Sequence[Mapping[str, Any]] | None = None,
+    train: Train = "assistant",
+) -> list[Tokens]:
+    """The training examples of one conversation: one, or one per assistant turn where the template does not nest.
+
+    messages: turns as a chat template expects them (`plain_messages`). Turns after the last assistant turn teach
+    nothing and are left out. train: all assistant turns, or the last one alone; trained are content and end-of-turn
+    token. spans: of field `messages` give their characters a weight of their own inside trained turns; one that
+    reaches its content's end covers the end-of-turn token too. Without an assistant turn nothing is trained (all
+    weights 0). HouseError names the turn where the template does not let its start or end be told.
+    """
+    return _tokenise(tokenizer, _drafts(Template(tokenizer), messages, tools, _of(spans, "messages"), train))
+
+
+def tokenise_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[Message],
+    chosen: Sequence[Message],
+    rejected: Sequence[Message],
+    *,
+    tools: list[Any] | None = None,
+    spans: Sequence[Mapping[str, Any]] | None = None,
+) -> tuple[Tokens, Tokens]:
+    """(chosen, rejected), each after the whole prompt, of which nothing is trained. spans: of fields `chosen` and
+    `rejected`, their `turn` counted within the completion. Errors as tokenise_messages."""
+    template = Template(tokenizer)
+    completions = {"chosen": chosen, "rejected": rejected}
+    drafts = [
+        _completion(template, prompt, turns, tools, _of(spans, name), name) for name, turns in completions.items()
+    ]
+    first, second = _tokenise(tokenizer, drafts)
+    return first, second
+
+
+def tokenise_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: pa.Table, *, train: Train = "assistant"
+) -> list[list[Tokens]]:
+    """Examples of each row, in order, of a table with the column `messages` and maybe `tools`, `spans` and `row_id`.
+
+    As tokenise_messages; a HouseError names the row."""
+    template = Template(tokenizer)
+    examples: list[list[Tokens]] = []
+    for batch in _batches(rows, ("messages",)):
+        drafts = []
+        for row in batch:
+            with _naming(row):
+                spans = _of(row.get("spans"), "messages")
+                drafts.append(_drafts(template, plain_messages(row["messages"]), _tools(row), spans, train))
+        tokens = iter(_tokenise(tokenizer, list(chain.from_iterable(drafts))))
+        examples += [[next(tokens) for _ in own] for own in drafts]
+    return examples
+
+
+def tokenise_pairs(tokenizer: PreTrainedTokenizerBase, rows: pa.Table) -> list[tuple[Tokens, Tokens]]:
+    """(chosen, rejected) of each row, in order, of a table with the columns `prompt`, `chosen`, `rejected` and maybe
+    `tools`, `spans` and `row_id`. As tokenise_pair; a HouseError names the row."""
+    template = Template(tokenizer)
+    pairs: list[tuple[Tokens, Tokens]] = []
+    for batch in _batches(rows, ("prompt", "chosen", "rejected")):
+        drafts = []
+        for row in batch:
+            with _naming(row):
+                prompt, tools = plain_messages(row["prompt"]), _tools(row)
+                for name in ("chosen", "rejected"):
+                    spans = _of(row.get("spans"), name)
+                    drafts.append(_completion(template, prompt, plain_messages(row[name]), tools, spans, name))
+        tokens = iter(_tokenise(tokenizer, drafts))
+        pairs += list(zip(tokens, tokens, strict=True))
+    return pairs
+
+
+def tokenise_responses(tokenizer: PreTrainedTokenizerBase, rows: pa.Table) -> list[Tokens | HouseError]:
+    """The response of each row (schema ROW) after its prompt: `chosen` of a preference row, else the last assistant
+    turn. A row that has none, or that the template refuses, gives the error instead."""
+    template = Template(tokenizer)
+    results: list[Tokens | HouseError] = []
+    for batch in _batches(rows, ("messages", "chosen")):
+        drafts: list[_Draft | HouseError] = []
+        for row in batch:
+            try:
+                drafts.append(_response(template, row))
+            except HouseError as error:
+                drafts.append(error)
+        tokens = iter(_tokenise(tokenizer, [draft for draft in drafts if isinstance(draft, _Draft)]))
+        results += [next(tokens) if isinstance(draft, _Draft) else draft for draft in drafts]
+    return results
+
+
+def tokenise_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Tokens]:
+    """Raw documents: every token is trained, and the EOS token that ends them; BOS only if the tokenizer sets one."""
+    examples = []
+    for ids in tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]:
+        whole = ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        weights = np.ones(len(whole), np.float32)
+        weights[0] = 0.0
+        examples.append(Tokens(np.asarray(whole, np.int32), weights))
+    return examples
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, conversations: Iterable[Sequence[Message]]
+) -> list[list[int] | HouseError]:
+    """Token ids of each conversation up to where the assistant's next turn begins, or the template's refusal."""
+    template = Template(tokenizer)
+    texts: list[str | HouseError] = []
+    for messages in conversations:
+        try:
+            texts.append(template.render(messages, prompt=True))
+        except HouseError as error:
+            texts.append(error)
+    ids = iter(_tokenise(tokenizer, [_Draft(text) for text in texts if isinstance(text, str)]))
+    return [next(ids).ids.tolist() if isinstance(text, str) else text for text in texts]
+
+
+def _drafts(
+    template: Template,
+    messages: Sequence[Message],
+    tools: list[Any] | None,
+    spans: Sequence[Mapping[str, Any]],
+    train: Train,
+) -> list[_Draft]:
+    turns = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
+    if not turns:
+        return [_Draft(template.render(messages, tools))]
+    rendered = {
+        index: template.turn(messages, index, tools) for index in (turns if train == "assistant" else turns[-1:])
+    }
+    weighted = {
+        index: _weighted(template, messages, index, tools, rendered[index], _at(spans, index)) for index in rendered
+    }
+    whole = rendered[turns[-1]][0]
+    if all(whole.startswith(text) for text, _, _ in rendered.values()):
+        return [_Draft(whole, tuple(chain.from_iterable(weighted.values())))]
+    return [_Draft(rendered[index][0], weighted[index]) for index in rendered]
+
+
+def _completion(
+    template: Template,
+    prompt: Sequence[Message],
+    completion: Sequence[Message],
+    tools: list[Any] | None,
+    spans: Sequence[Mapping[str, Any]],
+    name: str,
+) -> _Draft:
+    if not any(turn["role"] == "assistant" for turn in completion):
+        raise HouseError(f"{name} has no assistant turn")
+    messages = [*prompt, *completion]
+    turns = [i for i in range(len(prompt), len(messages)) if messages[i]["role"] == "assistant"]
+    rendered = {index: template.turn(messages, index, tools) for index in turns}
+    whole = rendered[turns[-1]][0]
+    for index in turns:
+        if not whole.startswith(rendered[index][0]):
+            raise HouseError(
+                f"{name}, turn {index - len(prompt)}: the chat template rewrites this assistant turn once another "
+                "follows, so the completion is no one sequence; keep its last assistant turn, the rest in the prompt"
+            )
+    pieces = (
+        _weighted(template, messages, index, tools, rendered[index], _at(spans, index - len(prompt))) for index in turns
+    )
+    return _Draft(whole, tuple(chain.from_iterable(pieces)))
+
+
+def _response(template: Template, row: Mapping[str, Any]) -> _Draft:
+    messages, tools = plain_messages(row["messages"]), _tools(row)
+    if row["chosen"] is not None:
+        return _completion(template, messages, plain_messages(row["chosen"]), tools, (), "chosen")
+    if not any(turn["role"] == "assistant" for turn in messages):
+        raise HouseError("no assistant turn")
+    return _drafts(template, messages, tools, (), "last")[0]
+
+
+def _weighted(
+    template: Template,
+    messages: Sequence[Message],
+    index: int,
+    tools: list[Any] | None,
+    rendered: tuple[str, int, int],
+    spans: Sequence[Mapping[str, Any]],
+) -> tuple[tuple[int, int, float], ...]:
+    """The weighted characters of one trained turn: all of it 1, then `spans` of its content."""
+    text, start, end = rendered
+    if not spans:
+        return ((start, end, 1.0),)
+    content = messages[index].get("content") or ""
+    marked = template.render([*messages[:index], {**messages[index], "content": _MARK}], tools)
+    place = marked.find(_MARK, start)
+    zero = place  # of the content's first character; a template may strip it
+    if not text.startswith(content, place):
+        zero -= len(content) - len(content.lstrip())
+    if place < 0 or text[start:place] != marked[start:place] or not text[place:].lstrip().startswith(content.strip()):
+        raise HouseError(f"turn {index}: the chat template rewrites its content, so spans cannot be placed in it")
+    weighted = [(start, end, 1.0)]
+    for span in spans:
+        if not 0 <= span["start"] < span["end"] <= len(content):
+            raise HouseError(
+                f"turn {index}: span {span['start']}..{span['end']} lies outside its {len(content)} characters"
+            )
+        stop = end if span["end"] >= len(content.rstrip()) else zero + span["end"]
+        weighted.append((max(place, zero + span["start"]), stop, float(span["weight"])))
+    return tuple(weighted)
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[_Draft]) -> list[Tokens]:
+    """Ids and weights of many rendered texts, tokenised in one call.
+
+    A token's characters run from where the token before it ended (offsets leave out leading spaces, and the later
+    bytes of one character repeat it); its weight is the largest among them."""
+    if not drafts:
+        return []
+    encoded = tokenizer(
+        [draft.text for draft in drafts],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    counts = np.asarray([len(ids) for ids in encoded["input_ids"]], np.int64)
+    bases = np.cumsum([0] + [len(draft.text) for draft in drafts])
+    total = int(counts.sum())
+    ids = np.fromiter(chain.from_iterable(encoded["input_ids"]), np.int32, total)
+    flat = chain.from_iterable(chain.from_iterable(encoded["offset_mapping"]))
+    offsets = np.fromiter(flat, np.int64, 2 * total).reshape(total, 2)
+    offsets += np.repeat(bases[:-1], counts)[:, None]
+    weights = _token_weights(drafts, bases, offsets, counts)
+    cuts = np.cumsum(counts)[:-1]
+    return [Tokens(*pair) for pair in zip(np.split(ids, cuts), np.split(weights, cuts), strict=True)]
+
+
+def _token_weights(
+    drafts: Sequence[_Draft], bases: NDArray[np.int64], offsets: NDArray[np.int64], counts: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    if not len(offsets):
+        return np.zeros(0, np.float32)
+    characters = np.zeros(int(bases[-1]) + 1, np.float32)
+    for draft, base in zip(drafts, bases.tolist(), strict=False):
+        for start, end, weight in draft.spans:
+            characters[base + start : base + end] = weight
+    before = np.concatenate([[0], np.maximum.accumulate(offsets[:, 1])[:-1]])
+    starts = np.maximum(np.minimum(offsets[:, 0], before), np.repeat(bases[:-1], counts))
+    weights = np.maximum.reduceat(characters, starts)
+    firsts = (np.cumsum(counts) - counts)[counts > 0]
+    weights[firsts] = 0.0
+    return weights
+
+
+def _batches(rows: pa.Table, columns: tuple[str, ...]) -> Iterable[list[dict[str, Any]]]:
+    wanted = [*columns, *(name for name in ("tools", "spans", "row_id") if name in rows.column_names)]
+    for start in range(0, rows.num_rows, BATCH_ROWS):
+        yield rows.select(wanted).slice(start, BATCH_ROWS).to_pylist()
+
+
+def _tools(row: Mapping[str, Any]) -> list[Any] | None:
+    return json.loads(row["tools"]) if row.get("tools") else None
+
+
+def _of(spans: Sequence[Mapping[str, Any]] | None, field: str) -> list[Mapping[str, Any]]:
+    return [span for span in spans or () if span["field"] == field]
+
+
+def _at(spans: Sequence[Mapping[str, Any]], turn: int) -> list[Mapping[str, Any]]:
+    return [span for span in spans if span["turn"] == turn]
+
+
+@contextmanager
+def _naming(row: Mapping[str, Any]) -> Iterator[None]:
+    """Puts the row's id before the message of a HouseError."""
+    try:
+        yield
+    except HouseError as error:
+        raise HouseError(f"row {row['row_id']}, {error}" if row.get("row_id") else str(error)) from error
