@@ -99,7 +99,7 @@ def counted_row_id(source: str, content: str, occurrence: int) -> str:
 def made_row(maker: str, parents: Iterable[str], position: int, source: str, **content: Any) -> Row:
     """A new row made by `maker` (its repr) from `parents`; equal parents and content give an equal id."""
     parents = list(parents)
-    row: Row = {name: None for name in ROW.names} | content
+    row: Row = dict.fromkeys(ROW.names) | content
     row |= {"source": source, "position": position, "parents": parents, "maker": maker}
     row["content_id"] = content_id(row)
     row["row_id"] = digest("made", maker, *parents, row["content_id"])

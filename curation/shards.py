@@ -6,7 +6,7 @@ A curated folder holds `data/{split}-00000-of-00003.parquet` in TRL's column con
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +32,8 @@ _OPTIONAL = ("tools", "spans")
 
 
 def shard_table(rows: pa.Table, kind: str, fields: Iterable[str], optional: Iterable[str]) -> pa.Table:
-    """Rows (schema ROW) in TRL's columns. `fields`: the message fields to keep; `optional`: of tools and spans, those to
-    keep. Both are decided for the whole set, so that all shards have one schema."""
+    """Rows (schema ROW) in TRL's columns. `fields`: the message fields to keep; `optional`: of tools and spans, those
+    to keep. Both are decided for the whole set, so that all shards have one schema."""
     fields = tuple(fields)
     columns: dict[str, pa.ChunkedArray | pa.Array] = {"row_id": rows["row_id"]}
     for theirs, ours in _COLUMNS[kind].items():
@@ -66,9 +66,15 @@ def _narrow(column: pa.ChunkedArray, fields: tuple[str, ...]) -> pa.ChunkedArray
     return pa.chunked_array(chunks, type=kind)
 
 
-def write_curated(folder: Path, kind: str, splits: Mapping[str, list[pa.Table]], manifest: Mapping[str, Any],
-                  extra: Mapping[str, str]) -> dict[str, Any]:
-    """Writes shards, then `extra` files (name -> text), then the manifest: `manifest` plus kind, files and rows.
+def write_curated(
+    folder: Path,
+    kind: str,
+    splits: Mapping[str, list[pa.Table]],
+    manifest: Mapping[str, Any],
+    extra: Callable[[Mapping[str, Any]], Mapping[str, str]],
+) -> dict[str, Any]:
+    """Writes shards, then the files (name -> text) that `extra` makes of the whole manifest, then the manifest:
+    `manifest` plus schema_version, kind, files and rows (of split train).
 
     splits: name -> tables of schema ROW, in order. Equal input gives equal bytes."""
     every = [table for tables in splits.values() for table in tables]
@@ -82,12 +88,19 @@ def write_curated(folder: Path, kind: str, splits: Mapping[str, list[pa.Table]],
                 name = f"data/{split}-{index:05d}-of-{len(shards):05d}.parquet"
                 pq.write_table(shard, temporary / name, compression="zstd")
                 raw = (temporary / name).read_bytes()
-                files.append({"path": name, "split": split, "rows": shard.num_rows, "bytes": len(raw),
-                              "sha256": hashlib.sha256(raw).hexdigest()})
-        for name, text in extra.items():
+                files.append(
+                    {
+                        "path": name,
+                        "split": split,
+                        "rows": shard.num_rows,
+                        "bytes": len(raw),
+                        "sha256": hashlib.sha256(raw).hexdigest(),
+                    }
+                )
+        rows = sum(int(str(file["rows"])) for file in files if file["split"] == "train")
+        whole = {"schema_version": SCHEMA_VERSION, **manifest, "kind": kind, "files": files, "rows": rows}
+        for name, text in extra(whole).items():
             (temporary / name).write_text(text, encoding="utf-8")
-        whole = {"schema_version": SCHEMA_VERSION, **manifest, "kind": kind, "files": files,
-                 "rows": sum(f["rows"] for f in files if f["split"] == "train")}
         write_json(temporary / "manifest.json", whole)
     return whole
 
@@ -110,7 +123,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise HouseError(f"{folder} holds no manifest.json: not a curated set, or curation did not finish there")
     manifest = read_json(path)
     if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise HouseError(f"{path}: schema_version {manifest.get('schema_version')}, this gristmill reads {SCHEMA_VERSION}")
+        raise HouseError(
+            f"{path}: schema_version {manifest.get('schema_version')}, this gristmill reads {SCHEMA_VERSION}"
+        )
     return manifest
 
 
@@ -123,7 +138,9 @@ def read_split(folder: Path, split: str = "train", *, verify: bool = True) -> pa
             continue
         path = folder / file["path"]
         if verify and hashlib.sha256(path.read_bytes()).hexdigest() != file["sha256"]:
-            raise HouseError(f"{path} does not have the sha256 that the manifest states; curate again into a new folder")
+            raise HouseError(
+                f"{path} does not have the sha256 that the manifest states; curate again into a new folder"
+            )
         tables.append(pq.read_table(path))
     if not tables:
         raise HouseError(f"{folder} has no split {split!r}; it has {sorted({f['split'] for f in manifest['files']})}")

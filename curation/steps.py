@@ -71,7 +71,10 @@ class Measure(Protocol):
 
     version: ClassVar[int]
     columns: ClassVar[dict[str, pa.DataType]]  # name -> type of each value column
-    model: str | None  # the model it needs, by its name in the recipe
+
+    @property
+    def model(self) -> str | None:
+        """The model it needs, by its name in the recipe."""
 
     def measure(self, rows: pa.Table, tools: Tools, progress: Progress) -> pa.Table:
         """One row of `columns` for each row (schema ROW), in order."""
@@ -101,7 +104,10 @@ class RowJudge(Protocol):
     """Keeps or drops a row by looking at that row and its measures."""
 
     scope: ClassVar[Literal["row"]]
-    score: ClassVar[str | None]  # the value column that it judges by, for histograms and for `why`
+
+    @property
+    def score(self) -> str | None:
+        """The value column that it judges by, for histograms and for `why`."""
 
     @property
     def needs(self) -> tuple[Measure, ...]:
@@ -119,7 +125,10 @@ class CorpusJudge(Protocol):
     """Keeps or drops rows by looking at the columns of all rows. The same members as RowJudge, but for `judge`."""
 
     scope: ClassVar[Literal["corpus"]]
-    score: ClassVar[str | None]
+
+    @property
+    def score(self) -> str | None:
+        """The value column that it judges by, for histograms and for `why`."""
 
     @property
     def needs(self) -> tuple[Measure, ...]:
@@ -137,8 +146,14 @@ class Maker(Protocol):
     """Yields new rows with parents (curation.rows.made_row)."""
 
     scope: ClassVar[Literal["maker"]]
-    consumes: ClassVar[str | None]  # reason with which a parent that something was made from leaves the set, or None
-    model: str | None  # the model it needs: a model of the recipe, or an earlier training stage
+
+    @property
+    def consumes(self) -> str | None:
+        """Reason with which a parent that something was made from leaves the set, or None where parents stay."""
+
+    @property
+    def model(self) -> str | None:
+        """The model it needs: a model of the recipe, or an earlier training stage."""
 
     def make(self, corpus: Corpus) -> Iterator[pa.Table]:
         """Tables of new rows (schema ROW)."""
@@ -156,7 +171,7 @@ def find_steps() -> dict[str, type[Any]]:
         for info in pkgutil.iter_modules([str(folder)]):
             module = importlib.import_module(f"{package}.{info.name}")
             for name, kind in inspect.getmembers(module, inspect.isclass):
-                if kind.__module__ == module.__name__ and is_dataclass(kind) and not name.startswith("_"):
-                    if hasattr(kind, "scope") or hasattr(kind, "measure"):
-                        found[name] = kind
+                own = kind.__module__ == module.__name__ and is_dataclass(kind) and not name.startswith("_")
+                if own and (hasattr(kind, "scope") or hasattr(kind, "measure")):
+                    found[name] = kind
     return found

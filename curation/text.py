@@ -58,7 +58,7 @@ def view(rows: pa.Table, which: View) -> list[str]:
 
 
 def normal(text: str) -> str:
-    """NFKC, case-folded, runs of white space as one space, ends stripped: the form in which exact duplicates are equal."""
+    """NFKC, case-folded, white space as single spaces, ends stripped: the form in which exact duplicates are equal."""
     return _SPACE.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 

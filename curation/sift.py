@@ -1,0 +1,402 @@
+"""The engine of curation: one step at a time over all live rows of a set, its verdicts in the ledger, none lost.
+
+`advance` does one step or finds it done: a killed run goes on where the last marker stands and ends in the same bytes.
+"""
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from .cache import attempt, measure_key, measured
+from .door import Progress
+from .folder import HouseError, RunFolder, read_json, whole_folder, write_json, write_parquet
+from .judges.gates import HeldOut, Trainable, is_held_out, untrainable
+from .judges.near_held_out import NearHeldOut
+from .ledger import (
+    LEDGER,
+    Mask,
+    State,
+    StepRecord,
+    check_conservation,
+    ledger_rows,
+    load_state,
+    reasons,
+    save_alive,
+    source_parts,
+)
+from .overrides import Overrides, apply_overrides
+from .rows import ROW, digest
+from .steps import CorpusJudge, Maker, RowJudge, Tools, verdicts
+from .text import prompt_of
+
+AnyStep = RowJudge | CorpusJudge | Maker | Overrides
+FAULT = pa.schema(
+    [
+        ("source", pa.string()),
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("error", pa.string()),
+        ("raw", pa.string()),
+        ("row_id", pa.string()),
+        ("step", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class SetPlan:
+    """One named set of a recipe: its sources, its steps in order, the share of prompts held out of it."""
+
+    name: str
+    kind: str  # sft | preference | kto | text
+    sources: tuple[str, ...]
+    steps: tuple[RowJudge | CorpusJudge | Maker, ...]
+    held_out: float = 0.02
+    seed: int = 0
+
+
+def full_steps(plan: SetPlan) -> tuple[AnyStep, ...]:
+    """The plan's steps with the gates put in: HeldOut first; Trainable and NearHeldOut before the first judge (after
+    the makers that lead), and NearHeldOut again after later makers, unless the recipe lists them; Overrides last."""
+    named = {type(step) for step in plan.steps}
+    lead = len(list(takewhile(lambda step: step.scope == "maker", plan.steps)))
+    gates = [Trainable(plan.kind), *([NearHeldOut()] if plan.held_out > 0 else [])]
+    steps: list[AnyStep] = [HeldOut(plan.held_out, plan.kind), *plan.steps[:lead]]
+    steps += [gate for gate in gates if type(gate) not in named]
+    rest = plan.steps[lead:]
+    for place, step in enumerate(rest, 1):
+        steps.append(step)
+        last_of_its_kind = place == len(rest) or rest[place].scope != "maker"
+        if step.scope == "maker" and last_of_its_kind and plan.held_out > 0:
+            steps.append(NearHeldOut())
+    return (*steps, Overrides())
+
+
+def step_name(index: int, step: AnyStep) -> str:
+    return f"{index:02d}-{type(step).__name__}"
+
+
+def begin(folder: RunFolder, plan: SetPlan) -> None:
+    """Writes ledger/SET/set.json: what the views need to know of the set before its first step."""
+    steps = [
+        {"step": i, "judge": repr(s), "name": type(s).__name__, "scope": s.scope}
+        for i, s in enumerate(full_steps(plan))
+    ]
+    write_json(
+        folder.ledger / plan.name / "set.json",
+        {"set": plan.name, "kind": plan.kind, "sources": list(plan.sources), "steps": steps},
+    )
+
+
+def advance(folder: RunFolder, plan: SetPlan, index: int, tools: Tools, progress: Progress) -> StepRecord:
+    """Does step `index` of the plan, or finds it done (record["cached"]). A HouseError when rows are not conserved or
+    none is left."""
+    step = full_steps(plan)[index]
+    home = folder.ledger / plan.name / step_name(index, step)
+    record = _finished(folder, home, step)
+    if record is None:
+        before = state_before(folder, plan, index)
+        started = time.monotonic()
+        shutil.rmtree(home, ignore_errors=True)
+        with whole_folder(home) as work:
+            record = _do(folder, plan, index, step, before, work, tools, progress)
+            record["seconds"] = round(time.monotonic() - started, 3)
+            write_json(work / "step.json", record)
+        record = record | {"cached": False}
+    if record["kept"] == 0:
+        raise HouseError(
+            f"step {index} {record['name']} of set {plan.name} left no row: {record['came']} came, dropped for"
+            f" {record['reasons']}. See `gristmill funnel {folder.root}`; loosen the thresholds and use a new --out."
+        )
+    return record
+
+
+def state_before(folder: RunFolder, plan: SetPlan, index: int) -> State:
+    """The rows that reach step `index`."""
+    state = source_parts(folder, plan.sources)
+    for earlier, step in enumerate(full_steps(plan)[:index]):
+        home = folder.ledger / plan.name / step_name(earlier, step)
+        state = load_state(folder, state, home, read_json(home / "step.json"))
+    return state
+
+
+def _finished(folder: RunFolder, home: Path, step: AnyStep) -> StepRecord | None:
+    if not (home / "step.json").is_file():
+        return None
+    record = read_json(home / "step.json")
+    stale = isinstance(step, Overrides) and record["inputs"] != step.digest(folder)
+    return None if stale or record["judge"] != repr(step) else record | {"cached": True}
+
+
+def _do(
+    folder: RunFolder,
+    plan: SetPlan,
+    index: int,
+    step: AnyStep,
+    before: State,
+    work: Path,
+    tools: Tools,
+    progress: Progress,
+) -> StepRecord:
+    """Runs the step, writes its ledger into `work`, checks conservation, and returns the record."""
+    live = LiveRows(folder, plan, index, before, tools, progress)
+    for stale in folder.rows.glob(f"made-{plan.name}-{index:02d}-*.parquet"):
+        stale.unlink()
+    try:
+        if isinstance(step, Overrides):
+            held_out = _held_out_ids(folder, plan, index)
+            made, judged, alive = apply_overrides(folder, plan.name, index, before, held_out)
+        elif step.scope == "maker":
+            made, judged, alive = _make(folder, plan, index, step, live)
+        else:
+            made, (judged, alive) = [], _judge(folder, step, live)
+    finally:
+        live.close()
+    where = f"step {index} {type(step).__name__} of set {plan.name}"
+    after = before.grown(made, alive)
+    write_parquet(work / "verdicts.parquet", judged)
+    save_alive(work / "alive.npy", alive)
+    added = sum(after.sizes) - sum(before.sizes) + judged.filter(pc.equal(judged["reason"], "override_keep")).num_rows
+    dropped = check_conservation(where, before.rows, added, after.rows, work, len(alive))
+    judge = step if step.scope == "row" or step.scope == "corpus" else None
+    return {
+        "set": plan.name, "step": index, "name": type(step).__name__, "judge": repr(step), "scope": step.scope,
+        "came": before.rows, "made": added, "kept": after.rows, "dropped": dropped, "reasons": reasons(judged),
+        "score": None if judge is None else judge.score,
+        "limits": [None, None] if judge is None else list(judge.limits()),
+        "measures": [] if judge is None else [measure_key(m, tools) for m in judge.needs],
+        "made_parts": [part.name for part in made],
+        "emptied_sources": _emptied(before, after),
+        "inputs": step.digest(folder) if isinstance(step, Overrides) else "",
+    }  # fmt: skip
+
+
+class LiveRows:
+    """The rows that reach a step (protocol steps.Corpus)."""
+
+    def __init__(
+        self, folder: RunFolder, plan: SetPlan, index: int, state: State, tools: Tools, progress: Progress
+    ) -> None:
+        self.folder, self.plan, self.index, self.state = folder, plan, index, state
+        self.tools, self.progress = tools, progress
+        self.rows, self.seed = state.rows, plan.seed
+        self.scratch = Path(tempfile.mkdtemp(prefix=f"gristmill-{plan.name}-"))
+        self.measured: pa.Table | None = None
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        return self.state.tables(columns)
+
+    def values(self, columns: Sequence[str]) -> pa.Table:
+        if self.measured is None:
+            raise KeyError(f"no measures were asked for by the step's `needs`; wanted {list(columns)}")
+        return self.measured.select(list(columns))
+
+    def held_out(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        return held_out_rows(self.folder, self.plan, self.index, self.state, columns)
+
+    def close(self) -> None:
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def held_out_rows(
+    folder: RunFolder, plan: SetPlan, index: int, state: State, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """Rows that a step before `index` held out, one table per part."""
+    ids = _held_out_ids(folder, plan, index)
+    for part in state.parts:
+        mask = pc.is_in(pq.read_table(part, columns=["row_id"])["row_id"], value_set=ids)
+        if pc.any(mask).as_py():
+            yield pq.read_table(part, columns=None if columns is None else list(columns)).filter(mask)
+
+
+def _held_out_ids(folder: RunFolder, plan: SetPlan, index: int) -> pa.Array:
+    ids = []
+    for earlier, step in enumerate(full_steps(plan)[:index]):
+        table = pq.read_table(folder.ledger / plan.name / step_name(earlier, step) / "verdicts.parquet")
+        ids.append(table.filter(pc.equal(table["reason"], "held_out"))["row_id"])
+    return pa.concat_arrays([chunk for column in ids for chunk in column.chunks] or [pa.array([], pa.string())])
+
+
+def _judge(folder: RunFolder, step: RowJudge | CorpusJudge, live: LiveRows) -> tuple[pa.Table, Mask]:
+    """Ledger rows and the new live mask of a row judge or a corpus judge."""
+    faults: list[dict[str, Any]] = []
+    if step.scope == "row":
+        pieces = list(_judge_parts(folder, step, live, faults))
+    else:
+        pieces = [_judge_corpus(folder, step, live, faults)]
+    _quarantine(folder, live.plan, live.index, step, faults)
+    alive = live.state.alive.copy()
+    kept = [table["keep"].to_numpy() for table, _ in pieces]
+    alive[np.flatnonzero(alive)] = np.concatenate(kept) if kept else np.array([], dtype=np.bool_)
+    stored = [ledger_rows(ids, table, keep_scores=step.score is None) for table, ids in pieces]
+    return pa.concat_tables([LEDGER.empty_table(), *stored]), alive
+
+
+def _judge_parts(
+    folder: RunFolder, step: RowJudge, live: LiveRows, faults: list[dict[str, Any]]
+) -> Iterator[tuple[pa.Table, pa.ChunkedArray]]:
+    done = 0
+    for rows in live.tables():
+        values, errors = _values(folder, step, rows, live)
+        index = pa.table({"index": pa.array(np.arange(rows.num_rows))})
+
+        def judge(piece: pa.Table, rows: pa.Table = rows, values: pa.Table = values) -> pa.Table:
+            start = piece["index"][0].as_py()
+            return step.judge(rows.slice(start, piece.num_rows), values.slice(start, piece.num_rows))
+
+        judged, failed = attempt(judge, index, type(step).__name__)
+        judged, ids = _with_errors(judged, rows, {**errors, **failed}, step, faults)
+        done += rows.num_rows
+        live.progress(done, live.rows)
+        yield judged, ids
+
+
+def _judge_corpus(
+    folder: RunFolder, step: CorpusJudge, live: LiveRows, faults: list[dict[str, Any]]
+) -> tuple[pa.Table, pa.ChunkedArray]:
+    """A corpus judge over all live rows; rows that a measure failed on come as nulls and are dropped as judge_error."""
+    ids = pa.concat_tables(list(live.tables(["row_id"])) or [pa.table({"row_id": pa.array([], pa.string())})])
+    errors: dict[int, str] = {}
+    if step.needs:
+        pieces, offset = [], 0
+        for rows in live.tables():
+            values, failed = _values(folder, step, rows, live)
+            errors |= {offset + index: trace for index, trace in failed.items()}
+            pieces.append(values)
+            offset += rows.num_rows
+        live.measured = pa.concat_tables(pieces) if pieces else None
+    judged = step.judge(live) if live.rows else verdicts([])
+    if judged.num_rows != ids.num_rows:
+        raise HouseError(f"{step!r} gave {judged.num_rows} verdicts for {ids.num_rows} rows")
+    return _with_errors(judged, ids, errors, step, faults)
+
+
+def _values(
+    folder: RunFolder, step: RowJudge | CorpusJudge, rows: pa.Table, live: LiveRows
+) -> tuple[pa.Table, dict[int, str]]:
+    """Columns of all measures that the step needs, aligned with rows, and tracebacks by row index."""
+    columns: dict[str, Any] = {}
+    errors: dict[int, str] = {}
+    for measure in step.needs:
+        values, failed = measured(folder, measure, rows, live.tools, live.progress)
+        columns |= {name: values[name] for name in values.column_names}
+        if failed:
+            ids = rows["content_id"].to_pylist()
+            errors |= {index: failed[content] for index, content in enumerate(ids) if content in failed}
+    if not columns:
+        columns = {"_none": pa.nulls(rows.num_rows)}
+    return pa.table(columns), errors
+
+
+def _with_errors(
+    judged: pa.Table,
+    rows: pa.Table,
+    errors: Mapping[int, str],
+    step: RowJudge | CorpusJudge,
+    faults: list[dict[str, Any]],
+) -> tuple[pa.Table, pa.ChunkedArray]:
+    """Verdicts in which rows that raised are dropped as judge_error; their tracebacks go to `faults`."""
+    ids = rows["row_id"]
+    if not errors:
+        return judged, ids
+    empty = [None] * rows.num_rows
+    columns: dict[str, list[Any]] = {
+        name: judged[name].to_pylist() if name in judged.column_names else list(empty) for name in LEDGER.names[1:]
+    }
+    for index, trace in sorted(errors.items()):
+        last = trace.strip().splitlines()[-1]
+        fate = {"keep": False, "reason": "judge_error", "score": None, "evidence": json.dumps({"error": last})}
+        for name, value in fate.items():
+            columns[name][index] = value
+        faults.append({"row_id": ids[index].as_py(), "step": repr(step), "error": last, "raw": trace})
+    return pa.table({name: pa.array(column, LEDGER.field(name).type) for name, column in columns.items()}), ids
+
+
+def _quarantine(folder: RunFolder, plan: SetPlan, index: int, step: AnyStep, faults: list[dict[str, Any]]) -> None:
+    path = folder.quarantine / f"{plan.name}-{step_name(index, step)}.parquet"
+    path.unlink(missing_ok=True)
+    if faults:
+        write_parquet(path, pa.Table.from_pylist(faults, schema=FAULT))
+
+
+def _make(
+    folder: RunFolder, plan: SetPlan, index: int, step: Maker, live: LiveRows
+) -> tuple[list[Path], pa.Table, Mask]:
+    """Made parts on disk, ledger rows, and the live mask over old and new rows. A made row that is held out or cannot
+    be trained on is dropped in the same step; a parent that the maker consumes leaves with its reason."""
+    parts: list[Path] = []
+    fates: list[pa.Table] = []
+    keeps: list[Mask] = []
+    parents: set[str] = set()
+    seen: dict[str, int] = {}
+    for rows in step.make(live):
+        rows = _distinct(rows.cast(ROW), seen)
+        if not rows.num_rows:
+            continue
+        path = folder.rows / f"made-{plan.name}-{index:02d}-{len(parts):05d}.parquet"
+        write_parquet(path, rows)
+        parts.append(path)
+        fate = [_fate(row, plan) for row in rows.to_pylist()]
+        keeps.append(np.array([reason is None for reason in fate], dtype=np.bool_))
+        fates.append(ledger_rows(rows["row_id"], verdicts(list(keeps[-1]), fate), keep_scores=False))
+        if step.consumes is not None:
+            parents |= {parent for row in rows["parents"].to_pylist() for parent in row or ()}
+    alive = live.state.alive.copy()
+    if step.consumes is not None and parents:
+        consumed, left = _consume(live.state, parents, step.consumes)
+        fates.append(consumed)
+        alive &= left
+    return parts, pa.concat_tables([LEDGER.empty_table(), *fates]), np.concatenate([alive, *keeps])
+
+
+def _fate(row: Mapping[str, Any], plan: SetPlan) -> str | None:
+    reason = untrainable(row, plan.kind)
+    if reason is None and is_held_out(prompt_of(row), plan.held_out):
+        return "held_out"
+    return reason
+
+
+def _distinct(rows: pa.Table, seen: dict[str, int]) -> pa.Table:
+    """Rows whose ids are unique within the step: the n-th repetition of an id gets one of its own."""
+    ids = []
+    for row_id in rows["row_id"].to_pylist():
+        seen[row_id] = seen.get(row_id, 0) + 1
+        ids.append(row_id if seen[row_id] == 1 else digest("again", row_id, str(seen[row_id])))
+    return rows.set_column(0, ROW.field("row_id"), pa.array(ids, pa.string()))
+
+
+def _consume(state: State, parents: set[str], reason: str) -> tuple[pa.Table, Mask]:
+    """Ledger rows of the live parents that leave the set, and the mask of the rows that stay."""
+    wanted = pa.array(sorted(parents), pa.string())
+    left = np.ones(len(state.alive), dtype=np.bool_)
+    ids = []
+    start = 0
+    for part, mask in state.masks():
+        column = pq.read_table(part, columns=["row_id"])["row_id"]
+        gone = pc.is_in(column, value_set=wanted).to_numpy() & mask
+        left[start : start + len(mask)] = ~gone
+        ids += column.filter(pa.array(gone)).to_pylist()
+        start += len(mask)
+    return ledger_rows(
+        pa.chunked_array([pa.array(ids, pa.string())]), verdicts([False] * len(ids), reason), keep_scores=False
+    ), left
+
+
+def _emptied(before: State, after: State) -> list[str]:
+    """Sources that had live rows before the step and have none after it (a part's name begins with its source's)."""
+
+    def living(state: State) -> set[str]:
+        return {part.name.rsplit("-", 1)[0] for part, mask in state.masks() if mask.any()}
+
+    return sorted(living(before) - living(after))
