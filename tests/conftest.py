@@ -1,4 +1,4 @@
-"""What the tests of every room share: the folder of real data, and small sources written as reading would write them."""
+"""What the tests of every room share: the folder of real data, and small sources as reading would write them."""
 
 import os
 from collections.abc import Callable

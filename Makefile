@@ -1,0 +1,39 @@
+# Every target makes its own environment: nothing but Python 3.11, pip, make and a C compiler is needed beforehand.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.all
+	$(BIN)/gristmill demo --out demo
+
+test: $(VENV)/.test
+	$(BIN)/pytest
+
+lint: $(VENV)/.test $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# mypy refuses a folder whose name is no identifier: check the packages by name through a link
+	@scratch=$$(mktemp -d) && ln -s "$(CURDIR)" $$scratch/gristmill && cd $$scratch \
+	  && MYPYPATH=. "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" \
+	     -p gristmill.curation -p gristmill.flows -p gristmill.kernels -p gristmill.tuning; \
+	  status=$$?; rm -rf $$scratch; exit $$status
+
+bench: $(VENV)/.test $(VENV)/.bench
+	$(BIN)/python benchmarks/near_duplicates.py
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "make: gristmill needs Python 3.11 or newer; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e ".[$*]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo
