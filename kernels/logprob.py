@@ -1,0 +1,109 @@
+"""Log-probabilities of target tokens from hidden states and the output head, without the logits matrix.
+
+The one primitive of every loss here. With V logits a token, those of a pack would dwarf the model; they are made
+and dropped a chunk of tokens at a time. log p(t) depends on one hidden state only, so its gradient with respect to that
+state, head[t] - softmax(logits) @ head, is complete in the forward pass: the backward only scales it, and the logits
+are made again only where the head itself is trained.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}  # of fp32: 16 MB stays near the cache, 512 MB keeps a GPU busy
+
+
+def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
+    for start in range(0, tokens, chunk):
+        yield slice(start, min(start + chunk, tokens))
+
+
+def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
+    """fp32 (fp64 of fp64 input) logits of a chunk."""
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = (hidden @ head.t()).to(wide)
+    return logits if bias is None else logits.add_(bias)
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, bias: Tensor | None, chunk: int, learn: bool
+    ) -> Tensor:
+        ctx.trains_head = learn and (head.requires_grad or (bias is not None and bias.requires_grad))
+        ahead = learn and hidden.requires_grad and not ctx.trains_head
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        values = torch.empty(len(targets), dtype=wide, device=hidden.device)
+        sums = torch.empty_like(values)
+        gradient = torch.empty_like(hidden) if ahead else None
+        for part in _chunks(len(targets), chunk):
+            logits = _logits(hidden[part], head, bias)
+            picked = logits.gather(1, targets[part, None])
+            total = torch.logsumexp(logits, dim=1, keepdim=True)
+            values[part], sums[part] = (picked - total)[:, 0], total[:, 0]
+            if gradient is not None:
+                chance = logits.sub_(total).exp_().to(head.dtype)
+                torch.sub(head[targets[part]], chance @ head, out=gradient[part])
+        ctx.save_for_backward(hidden, head, targets, bias, sums, gradient)
+        ctx.chunk = chunk
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, head, targets, bias, sums, gradient = ctx.saved_tensors
+        if not ctx.trains_head:
+            return (grads[0][:, None] * gradient).to(hidden.dtype), None, None, None, None, None
+        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        dhead = torch.zeros_like(head, dtype=sums.dtype) if ctx.needs_input_grad[1] else None
+        dbias = torch.zeros_like(bias, dtype=sums.dtype) if ctx.needs_input_grad[3] else None
+        for part in _chunks(len(targets), ctx.chunk):
+            weight = grads[0][part, None]
+            dlogits = _logits(hidden[part], head, bias).sub_(sums[part, None]).exp_().mul_(-weight)
+            dlogits.scatter_add_(1, targets[part, None], weight.to(dlogits.dtype))
+            if dbias is not None:
+                dbias += dlogits.sum(dim=0)
+            narrow = dlogits.to(head.dtype)
+            if dhidden is not None:
+                torch.mm(narrow, head, out=dhidden[part])
+            if dhead is not None:
+                if dhead.dtype == head.dtype:
+                    dhead.addmm_(narrow.t(), hidden[part])
+                else:
+                    dhead += narrow.t() @ hidden[part]
+        dhead = None if dhead is None else dhead.to(head.dtype)
+        return dhidden, dhead, None, None if dbias is None or bias is None else dbias.to(bias.dtype), None, None
+
+
+def target_logprobs(
+    hidden: Tensor, head: Tensor, targets: Tensor, *, bias: Tensor | None = None, chunk_tokens: int | None = None
+) -> Tensor:
+    """log softmax(hidden headᵀ + bias)[targets], fp32 (N,) (fp64 of fp64 input).
+
+    hidden (N, H): only the states whose next token counts: leave masked tokens out before the call. head (V, H), of
+    hidden's dtype. targets (N,): int64. chunk_tokens: tokens whose logits exist at once (default: by CHUNK_LOGITS).
+    Gradients go to hidden, and to head and bias where they require one. NaN in a hidden state is NaN in its value and
+    no other. ValueError where shapes do not fit; IndexError where a target is outside the vocabulary (on a CPU).
+    """
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1] or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, head {tuple(head.shape)} and targets {tuple(targets.shape)} do not fit: "
+            "want (N, H), (V, H), (N,)"
+        )
+    if chunk_tokens is None:
+        chunk_tokens = max(16, CHUNK_LOGITS.get(hidden.device.type, 2**24) // head.shape[0])
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
+    learn = torch.is_grad_enabled()
+    values: Tensor = _TargetLogprobs.apply(hidden, head, targets, bias, chunk_tokens, learn)  # type: ignore[no-untyped-call]
+    return values
+
+
+def naive_target_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """The definition with the whole logits matrix: the oracle of `target_logprobs`."""
+    logits = hidden @ head.t()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if bias is not None:
+        logits = logits + bias
+    return torch.log_softmax(logits, dim=1).gather(1, targets[:, None])[:, 0]
