@@ -43,4 +43,5 @@ def tfidf_svd(texts: Sequence[str], dims: int = 64, seed: int = 0, max_features:
         known = sizes > 1e-6 * sizes[0]  # directions beyond the matrix's rank are rounding noise
         vectors[:, :rank] = matrix @ (directions * (np.sign(strongest) * known)[:, None]).T.astype(np.float32)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 1e-6)
+    unit: np.ndarray = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 1e-6)
+    return unit
