@@ -16,7 +16,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path as File
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -31,6 +31,7 @@ from .stages import Curate, Evaluate, Model, Path, Recipe, Stage, Train, check, 
 __all__ = ["Curate", "Evaluate", "Model", "Recipe", "Source", "Stage", "Train", "check", "digest", "dump",
            "load_recipe", "load_text", "plain", "shipped"]  # fmt: skip
 
+T = TypeVar("T")
 RECIPES = File(__file__).with_name("recipes")
 STAGES = ("curate", "sft", "dpo", "evaluate")
 
@@ -73,16 +74,30 @@ def load_text(text: str, name: str = "recipe", overrides: Sequence[str] = ()) ->
     return recipe
 
 
+def build_settings(kind: type[T], overrides: Sequence[str]) -> T:
+    """Training or NewModel from `key=value` alone."""
+    root = cast(yaml.Node, compose("{}", "settings"))
+    for override in overrides:
+        key, node = _key_value(override)
+        root = put(root, tuple(key.split(".")), node)
+    return cast(T, _Builder(root).dataclass(root, kind, ()))
+
+
 # ---- overrides
 
 
 def _override(root: yaml.Node, text: str) -> yaml.Node:
+    key, node = _key_value(text)
+    return put(root, _resolve(root, key.split("."), text), node)
+
+
+def _key_value(text: str) -> tuple[str, yaml.Node]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise HouseError(f"{text!r} is not an override: write key=value, such as seed=7 or stages.sft.max_steps=10")
     node = compose(value or "null", f"override {text}")
     assert node is not None
-    return put(root, _resolve(root, key.strip().split("."), text), node)
+    return key.strip(), node
 
 
 def _resolve(root: yaml.Node, parts: list[str], text: str) -> Path:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..curation.folder import HouseError
 from ..curation.reading.source import Source
@@ -254,10 +254,7 @@ def _bad_evaluate(
             yield (*at, "sets", index), f"set {name!r} holds no rows out (held_out: 0): nothing to evaluate on"
 
 
-def models_of(step: Step) -> list[str]:
-    """Names of the models that `step` needs: its measures' own, and a maker's."""
-    measures = () if step.scope == "maker" else step.needs
-    names = [getattr(need, "model", None) for need in measures]
-    if step.scope == "maker":
-        names.append(step.model)
-    return [name for name in names if name is not None]
+def models_of(step: Any) -> list[str]:
+    """Names of the models that a step needs: its measures' own, and a maker's."""
+    named = [getattr(step, "model", None)] if step.scope == "maker" else [m.model for m in getattr(step, "needs", ())]
+    return [name for name in named if name is not None]

@@ -1,0 +1,223 @@
+"""The command line. Every verb is a few lines over a plain function; heavy parts are imported by the verb that needs
+them, so that `gristmill --help` answers at once."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..curation.folder import HouseError, RunFolder
+
+app = typer.Typer(
+    name="gristmill",
+    help="From raw instruction data to a tuned model, with every row accounted for.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RECIPE = Annotated[str, typer.Argument(help="A recipe file (YAML), or the name of one that ships: demo, alpaca-lite.")]
+OVERRIDES = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value …: seed=7, sets.SET.STEP.KEY=…, stages.NAME.KEY=…, sources.NAME.KEY=…"),
+]
+OUT = Annotated[Path | None, typer.Option("--out", "-o", help="The run's folder. Default: the recipe's name.")]
+CACHE = Annotated[
+    Path | None, typer.Option(help="Folder of measures and new models that several runs share. Default: in OUT.")
+]
+PLAIN = Annotated[bool, typer.Option("--plain", help="Without Prefect: nothing in its UI, and it starts 10 s sooner.")]
+FOLDER = Annotated[Path, typer.Argument(help="A run's folder.")]
+DATA = Annotated[str, typer.Argument(help="A curated folder (with manifest.json), or any data set that can be read.")]
+SETTINGS = Annotated[
+    list[str] | None, typer.Argument(help="key=value …: max_steps=100, learning_rate=1e-4, lora.rank=32, lora=null")
+]
+MODEL = Annotated[Path, typer.Option(help="The model's folder, in Hugging Face's format.")]
+
+
+@app.command()
+def run(
+    recipe: RECIPE, overrides: OVERRIDES = None, out: OUT = None, cache: CACHE = None, plain: PLAIN = False
+) -> None:
+    """Do everything a recipe says: curate, tune, evaluate, report. Run again, it does only what is missing."""
+    _run(recipe, overrides, out, cache, "all", plain)
+
+
+@app.command()
+def curate(
+    recipe: RECIPE, overrides: OVERRIDES = None, out: OUT = None, cache: CACHE = None, plain: PLAIN = False
+) -> None:
+    """Only make a recipe's curated sets; those that need a trained model are named and wait for `run`."""
+    _run(recipe, overrides, out, cache, "curate", plain)
+
+
+@app.command()
+def demo(overrides: OVERRIDES = None, out: OUT = None, plain: PLAIN = False) -> None:
+    """A first run with nothing to download: the recipe `demo`, from docstrings to a small tuned model."""
+    _run("demo", overrides, out, None, "all", plain)
+
+
+def _run(
+    recipe: str, overrides: list[str] | None, out: Path | None, cache: Path | None, parts: Any, plain: bool
+) -> None:
+    from .progress import Terminal
+    from .recipe import load_recipe
+    from .run import run as run_plainly
+    from .run import run_in_prefect
+    from .summary import show_result
+
+    loaded = load_recipe(recipe, overrides or ())
+    show = Terminal()
+    call = run_plainly if plain else run_in_prefect
+    try:
+        result = call(loaded, out or Path(loaded.name), cache=cache, parts=parts, show=show)
+    except KeyboardInterrupt:
+        _say_how_to_go_on(show.done)
+        raise
+    show_result(loaded, result, show)
+
+
+def _say_how_to_go_on(done: list[str]) -> None:
+    last = f", the last: {done[-1]}" if done else ""
+    command = shlex.join(["gristmill", *sys.argv[1:]])
+    print(
+        f"\nInterrupted. {len(done)} steps are done{last}. Nothing is lost; continue with\n  {command}", file=sys.stderr
+    )
+
+
+@app.command()
+def sft(
+    data: DATA,
+    settings: SETTINGS = None,
+    *,
+    model: MODEL,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.")],
+    start: Annotated[Path | None, typer.Option(help="A LoRA adapter to continue.")] = None,
+    licence: Annotated[str, typer.Option(help="Licence of DATA, where it has no manifest.")] = "unknown",
+) -> None:
+    """Fine-tune a model on conversations."""
+    _train("sft", data, settings, model, out, start, licence)
+
+
+@app.command()
+def dpo(
+    data: DATA,
+    settings: SETTINGS = None,
+    *,
+    model: MODEL,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.")],
+    start: Annotated[Path | None, typer.Option(help="The SFT adapter to start from; also the reference.")] = None,
+    licence: Annotated[str, typer.Option(help="Licence of DATA, where it has no manifest.")] = "unknown",
+) -> None:
+    """Tune a model on preference pairs (DPO)."""
+    _train("dpo", data, settings, model, out, start, licence)
+
+
+def _train(
+    objective: Any, data: str, settings: list[str] | None, model: Path, out: Path, start: Path | None, licence: str
+) -> None:
+    from .progress import Terminal
+    from .single import train_single
+
+    show = Terminal()
+    try:
+        train_single(objective, data, settings or (), model, out, start, licence, show)
+    except KeyboardInterrupt:
+        _say_how_to_go_on(show.done)
+        raise
+
+
+@app.command()
+def funnel(folder: FOLDER) -> None:
+    """Came -> kept at every step of every set, with the reasons."""
+    from ..curation.look import print_funnel
+
+    print_funnel(_run_folder(folder))
+
+
+@app.command()
+def why(folder: FOLDER, row_id: Annotated[str, typer.Argument(help="A row_id, or its first characters.")]) -> None:
+    """The life of one row: where it came from, every verdict, what became of it."""
+    from ..curation.look import print_why
+
+    print_why(_run_folder(folder), row_id)
+
+
+@app.command()
+def sql(folder: FOLDER, query: Annotated[str, typer.Argument(help='Such as "select * from funnel".')]) -> None:
+    """One read-only SELECT over the views rows, verdicts, measures, curated, quarantine, funnel, runs."""
+    from ..curation.look import print_query
+
+    print_query(_run_folder(folder), query)
+
+
+def _run_folder(folder: Path) -> RunFolder:
+    if not (folder / "rows").is_dir():
+        raise HouseError(f"{folder} is not a run's folder: it holds no rows/. Give the --out of a run")
+    return RunFolder(folder)
+
+
+@app.command()
+def judges(name: Annotated[str | None, typer.Argument(help="One of them, with its whole docstring.")] = None) -> None:
+    """Every judge, maker and measure: what it does, and its fields with their defaults."""
+    from .summary import show_steps
+
+    show_steps(name)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, what it lacks, and what to do about it."""
+    from .doctor import examine, show
+
+    raise typer.Exit(show(examine()))
+
+
+@app.command()
+def schedule(
+    recipe: RECIPE,
+    overrides: OVERRIDES = None,
+    *,
+    cron: Annotated[str, typer.Option(help='When, in cron\'s five fields: "0 2 * * *" is every night at two (UTC).')],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the releases. Default: RECIPE-releases.")
+    ] = None,
+) -> None:
+    """Run a recipe again and again: a served Prefect deployment. Each run is a new release OUT/TIME that measures only
+    new rows. Needs PREFECT_API_URL, else starts a Prefect server on 127.0.0.1."""
+    from .recipe import load_recipe
+    from .run import prefect_environment
+
+    loaded = load_recipe(recipe, overrides or ())
+    prefect_environment(level="INFO")
+    from .schedule import serve
+
+    serve(loaded, cron, out or Path(f"{loaded.name}-releases"))
+
+
+@app.command("new-model")
+def new_model(
+    folder: Annotated[Path, typer.Argument(help="Where to write it.")],
+    corpus: Annotated[str, typer.Option(help="Any data set that can be read: conversations or raw text.")],
+    params: Annotated[str, typer.Option(help="Parameters, embeddings included: 3M, 10M.")] = "3M",
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value …: vocab=8192, tokens=5e6, seed=1")] = None,
+) -> None:
+    """Make a small model: a tokenizer, a decoder in a mainstream architecture, brief pre-training."""
+    from .progress import Terminal
+    from .single import make_single
+
+    make_single(folder, corpus, [f"params={params}", *(settings or ())], Terminal())
+
+
+def main() -> None:
+    """The console script: HouseError is a message, not a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app()
+    except HouseError as error:
+        typer.secho(str(error), fg=typer.colors.RED, err=True)
+        sys.exit(1)

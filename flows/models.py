@@ -1,0 +1,161 @@
+"""Models by the names that a recipe gives them: where they lie, made when first needed, handed up to curation.
+
+A stage's name stands for the model that it ended with: its base model with OUT/STAGE/adapter, or OUT/STAGE/model.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ..curation.door import ChatModel, Progress, ResponseScorer
+from ..curation.folder import HouseError, RunFolder
+from ..curation.ledger import State
+from ..curation.rows import digest as digest_of
+from ..curation.sift import SetPlan, full_steps, held_out_rows, state_before, step_name
+from .progress import Done
+from .recipe import Curate, Recipe, plain
+from .stages import nearest
+
+
+def set_plan(recipe: Recipe, stage: Curate) -> SetPlan:
+    """What curation needs to know of one set."""
+    return SetPlan(stage.set, stage.kind, stage.sources, stage.steps, stage.held_out, recipe.seed)
+
+
+class Workshop:
+    """The models and finished sets of one run (protocol curation.steps.Tools). Keeps one loaded model at a time."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.digests: dict[str, str] = {}
+        self.loaded: tuple[str, Any] | None = None
+
+    def base(self, name: str) -> str:
+        """The recipe's model behind a model's or stage's name."""
+        stage = self.recipe.trained().get(name)
+        if stage is None and name not in self.recipe.models:
+            known = [*self.recipe.models, *self.recipe.trained()]
+            raise HouseError(f"unknown model or stage {name!r}; {nearest(name, known)}")
+        return name if stage is None else stage.model
+
+    def base_folder(self, name: str) -> Path:
+        """The folder of the base model; a new one is keyed by what it is and what it learns from."""
+        base = self.base(name)
+        model = self.recipe.models[base]
+        if model.path is not None:
+            return Path(model.path)
+        assert model.corpus is not None
+        sources = [plain(self.recipe.source(source)) for source in self.recipe.sets()[model.corpus].sources]
+        key = digest_of(repr(model.new), model.corpus, repr(sources))
+        return self.folder.models / f"{base}-{key[:12]}"
+
+    def where(self, name: str) -> tuple[Path, Path | None]:
+        """Model folder, and adapter folder where there is one."""
+        stage = self.recipe.trained().get(name)
+        if stage is None:
+            return self.base_folder(name), None
+        out = self.folder.stage(stage.name)
+        if (out / "model" / "config.json").is_file():
+            return out / "model", None
+        if not (out / "adapter" / "adapter_config.json").is_file():
+            raise HouseError(f"stage {name!r} has no model yet in {out}: it has not finished")
+        return self.base_folder(name), out / "adapter"
+
+    def make(self, name: str, progress: Progress) -> Done:
+        """Makes a new model, or finds it made."""
+        home = self.base_folder(name)
+        cached = (home / "config.json").is_file()
+        spec = self.recipe.models[self.base(name)].new
+        if not cached and spec is not None:
+            from ..tuning.models import make_model
+
+            make_model(home, spec, self._texts(name, spec.rows), progress)
+        return Done(str(home), cached)
+
+    def _texts(self, name: str, limit: int) -> Iterator[Any]:
+        """Conversations or documents of the corpus set that live now, at most `limit` of them, evenly spaced."""
+        corpus = self.recipe.models[self.base(name)].corpus
+        assert corpus is not None
+        state = self._live(set_plan(self.recipe, self.recipe.sets()[corpus]))
+        return evenly(state.tables(["messages", "chosen", "text"]), state.rows, limit)
+
+    def _live(self, plan: SetPlan) -> State:
+        """The rows of a set that live after its last finished step."""
+        home = self.folder.ledger / plan.name
+        done = 0
+        for index, step in enumerate(full_steps(plan)):
+            if not (home / step_name(index, step) / "step.json").is_file():
+                break
+            done = index + 1
+        if done == 0:
+            raise HouseError(f"the set {plan.name!r}, from which a new model learns, has not been begun")
+        return state_before(self.folder, plan, done)
+
+    def load(self, name: str) -> Any:
+        """The loaded model, in evaluation mode."""
+        from ..tuning.models import load_model
+
+        home, adapter = self.where(name)
+        stage = self.recipe.trained().get(name)
+        return load_model(home, dtype="auto" if stage is None else stage.settings.dtype, adapter=adapter)
+
+    # ---- the protocol Tools
+
+    def scorer(self, model: str) -> ResponseScorer:
+        from ..tuning.score import PackedScorer
+
+        scorer: ResponseScorer = self._kept(f"scorer {model}", lambda: PackedScorer(*self.where(model)))
+        return scorer
+
+    def chat(self, model: str) -> ChatModel:
+        from ..tuning.generate import TransformersChat
+
+        chat: ChatModel = self._kept(f"chat {model}", lambda: TransformersChat(*self.where(model)))
+        return chat
+
+    def _kept(self, key: str, make: Any) -> Any:
+        if self.loaded is None or self.loaded[0] != key:
+            self.loaded = None  # the one before may go before the next is loaded
+            self.loaded = (key, make())
+        return self.loaded[1]
+
+    def digest(self, model: str) -> str:
+        if model not in self.digests:
+            from ..tuning.models import model_digest
+
+            home, adapter = self.where(model)
+            base = model_digest(home)
+            self.digests[model] = base if adapter is None else digest_of(base, model_digest(adapter))
+        return self.digests[model]
+
+    def curated(self, set_name: str, split: str) -> Iterator[pa.Table]:
+        stage = self.recipe.sets().get(set_name)
+        if stage is None or not (self.folder.curated(set_name) / "manifest.json").is_file():
+            raise HouseError(f"the set {set_name!r} is not finished yet, so its rows cannot be used")
+        plan = set_plan(self.recipe, stage)
+        steps = len(full_steps(plan))
+        state = state_before(self.folder, plan, steps)
+        return state.tables() if split == "train" else held_out_rows(self.folder, plan, steps, state)
+
+
+def evenly(tables: Iterable[pa.Table], total: int, limit: int) -> Iterator[Any]:
+    """At most `limit` of the `total` rows of `tables`, evenly spaced, as `make_model` takes them."""
+    size = min(limit, total)
+    chosen = iter(index * total // size for index in range(size))
+    wanted, start = next(chosen, None), 0
+    for table in tables:
+        offsets = []
+        while wanted is not None and wanted < start + table.num_rows:
+            offsets.append(wanted - start)
+            wanted = next(chosen, None)
+        start += table.num_rows
+        yield from (_text(row) for row in table.select(["messages", "chosen", "text"]).take(offsets).to_pylist())
+
+
+def _text(row: Mapping[str, Any]) -> Any:
+    """A row as `make_model` takes it: a conversation, or the raw text of a document."""
+    if row["text"] is not None:
+        return row["text"]
+    return [turn for part in (row["messages"], row["chosen"]) for turn in part or ()]

@@ -1,0 +1,87 @@
+"""What people see of a run in the terminal: a bar while a step runs, one line when it is done."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..curation.door import Progress
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a job of a run ended. text: what came of it, in one line. cached: it stood already."""
+
+    text: str
+    cached: bool = False
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class Silent:
+    """Shows nothing; counts what was done."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def say(self, text: str) -> None:
+        pass
+
+    @contextmanager
+    def bar(self, name: str) -> Iterator[Progress]:
+        yield lambda done, total: None
+
+    def finish(self, name: str, done: Done, seconds: float) -> None:
+        self.done.append(name)
+
+
+class Terminal(Silent):
+    """Bars and colours on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from rich.console import Console
+
+        self.console = Console(highlight=False, soft_wrap=True, file=sys.stdout)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def bar(self, name: str) -> Iterator[Progress]:
+        if not self.console.is_terminal:
+            yield lambda done, total: None
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Bars(*columns, TimeRemainingColumn(), console=self.console, transient=True) as bars:
+            task = bars.add_task(name, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total or None)
+
+    def finish(self, name: str, done: Done, seconds: float) -> None:
+        super().finish(name, done, seconds)
+        took = "cached" if done.cached else duration(seconds)
+        line = f"{'=' if done.cached else '+'} {name:<28} {done.text:<60} {took:>8}"
+        self.console.print(line, markup=False, style="dim" if done.cached else None)
+
+
+def timed(name: str, show: Silent, do: Any) -> Done:
+    """Runs `do(progress)` with a bar, then shows how it ended."""
+    started = time.monotonic()
+    with show.bar(name) as progress:
+        done: Done = do(progress)
+    show.finish(name, done, time.monotonic() - started)
+    return done
+
+
+def duration(seconds: float) -> str:
+    """0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60) if seconds >= 3600 else int(seconds // 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds % 60:.0f} s"

@@ -1,0 +1,94 @@
+"""One part of a run by itself: training on data that lies somewhere, and making a model from it."""
+
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from ..curation.folder import HouseError, RunFolder
+from ..curation.reading.source import read_source
+from ..curation.shards import KINDS
+from ..tuning.settings import NewModel, Training
+from .progress import Done, Silent, timed
+from .recipe import Curate, Model, Recipe, Source, build_settings
+from .run import run
+from .stages import TRAINS_ON, Objective
+
+
+def train_single(
+    objective: Objective,
+    data: str,
+    settings: Sequence[str],
+    model: Path,
+    out: Path,
+    start: Path | None,
+    licence: str,
+    show: Silent,
+) -> dict[str, Any]:
+    """Trains `model` in OUT/OBJECTIVE on a curated folder, or on any readable data, curated into OUT first."""
+    from ..tuning.loop import train
+
+    how = build_settings(Training, settings)
+    folder = RunFolder(out)
+    curated = Path(data)
+    if not (curated / "manifest.json").is_file():
+        curated = _curated(data, TRAINS_ON[objective][0], licence, model, folder, show)
+    home = folder.stage(objective)
+
+    def do(progress: Any) -> Done:
+        def tell(event: dict[str, Any]) -> None:
+            if event["event"] == "step":
+                progress(event["step"], event["steps"])
+
+        done = train(objective, curated, model, home, how, adapter=start, name=objective, progress=tell)
+        return Done(f"{done['plan']['steps']} steps -> {home}", data=done)
+
+    return timed(f"train {objective}", show, do).data
+
+
+def _curated(data: str, kind: str, licence: str, model: Path, folder: RunFolder, show: Silent) -> Path:
+    """Reads `data` into the run's folder and makes a curated set of all that can be trained on; nothing is held out."""
+    assert kind in KINDS
+    name = re.sub(r"\W+", "-", folder.root.resolve().name).strip("-_") or "run"
+    recipe = Recipe(
+        name,
+        sources=(Source("data", data, licence=licence),),
+        models={"model": Model(path=str(model))},
+        stages=(Curate("data", kind=kind, sources=("data",), held_out=0.0),),  # type: ignore[arg-type]
+    )
+    run(recipe, folder.root, parts="curate", show=show)
+    return folder.curated("data")
+
+
+def make_single(folder: Path, corpus: str, settings: Sequence[str], show: Silent) -> dict[str, Any]:
+    """Makes the model that `settings` (of NewModel) describe from any readable data."""
+    from ..tuning.models import make_model
+
+    spec = build_settings(NewModel, settings)
+    if folder.exists() and any(folder.iterdir()):
+        raise HouseError(f"{folder} is not empty: choose another folder for the new model")
+    with tempfile.TemporaryDirectory(prefix="gristmill-corpus-") as scratch:
+        parts = RunFolder(scratch)
+        timed("read corpus", show, lambda progress: _read(corpus, parts, progress))
+
+        def make(progress: Any) -> Done:
+            done = make_model(folder, spec, _texts(parts, spec.rows), progress)
+            return Done(f"{done['params']:,} parameters, {done['tokens']:,} tokens -> {folder}", data=done)
+
+        return timed("make model", show, make).data
+
+
+def _read(corpus: str, folder: RunFolder, progress: Any) -> Done:
+    record = read_source(Source("corpus", corpus, licence="unknown"), folder, lambda rows: progress(rows, 0))
+    return Done(f"{record['rows']:,} rows ({record['shape']}), {record['quarantined']:,} could not be read")
+
+
+def _texts(folder: RunFolder, limit: int) -> Iterator[Any]:
+    from .models import evenly
+
+    parts = sorted(folder.rows.glob("*.parquet"))
+    total = sum(pq.read_metadata(part).num_rows for part in parts)
+    return evenly((pq.read_table(part) for part in parts), total, limit)

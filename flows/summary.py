@@ -1,0 +1,67 @@
+"""What the command line prints at the end of a run, and of the steps that exist."""
+
+import inspect
+from dataclasses import MISSING, fields
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..curation.folder import HouseError
+from ..curation.steps import find_steps
+from .progress import Silent
+from .recipe import Recipe
+from .run import Result
+from .stages import nearest
+
+
+def show_result(recipe: Recipe, result: Result, show: Silent) -> None:
+    """Funnel, evaluation table, what waits, and where the report lies."""
+    console = Console(highlight=False, soft_wrap=True)
+    if result.cached:
+        console.print(f"Everything that {recipe.name} says is done already.", markup=False)
+    else:
+        from ..curation.look import print_funnel
+
+        print_funnel(result.folder)
+    rows = result.evaluation()
+    if rows:
+        console.print(_evaluation_table(rows))
+    for name in result.waiting:
+        console.print(f"The set {name} needs a trained model: `gristmill run` makes it.", markup=False)
+    console.print(f"Report: {result.folder.report.resolve()}", markup=False)
+
+
+def _evaluation_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("set", "metric", "model", "value", "rows", title="Evaluation on held-out rows", title_justify="left")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for row in rows:
+        value = "nothing to score" if row["value"] is None else f"{row['value']:.4f}"
+        table.add_row(row["set"], row["metric"], row["model"], value, f"{row['rows']:,}")
+    return table
+
+
+def show_steps(name: str | None = None) -> None:
+    """Every step with its fields; or one of them with its whole docstring."""
+    console = Console(highlight=False, soft_wrap=True)
+    known = find_steps()
+    if name is not None and name not in known:
+        raise HouseError(f"no judge, maker or measure is called {name!r}; {nearest(name, list(known))}")
+    for each, kind in sorted(known.items(), key=lambda item: (_scope(item[1]), item[0])):
+        if name in (None, each):
+            doc = inspect.getdoc(kind) or ""
+            text = doc if name else doc.split("\n", 1)[0]
+            console.print(f"{each}({', '.join(_field(item) for item in fields(kind))})", style="bold", markup=False)
+            console.print(f"  {_scope(kind)}: {text}", markup=False)
+
+
+def _scope(kind: type[Any]) -> str:
+    scope = getattr(kind, "scope", None)
+    return "measure" if scope is None else scope if scope == "maker" else f"{scope} judge"
+
+
+def _field(item: Any) -> str:
+    if item.default is not MISSING:
+        return f"{item.name}={item.default!r}"
+    return f"{item.name}={item.default_factory()!r}" if item.default_factory is not MISSING else str(item.name)

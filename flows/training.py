@@ -1,0 +1,104 @@
+"""The training and evaluation stages of a run."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..curation.door import Progress
+from ..curation.folder import HouseError, RunFolder, read_json, write_json
+from ..curation.shards import read_split
+from ..tuning.evaluate import evaluate_preference, evaluate_sft
+from ..tuning.loop import train
+from ..tuning.models import load_tokenizer
+from ..tuning.settings import Training
+from .models import Workshop
+from .progress import Done
+from .recipe import Train
+from .stages import Evaluate
+
+Row = dict[str, Any]
+
+
+def train_stage(folder: RunFolder, shop: Workshop, stage: Train, progress: Progress) -> Done:
+    """Trains one stage in its folder, or finds it trained."""
+    out = folder.stage(stage.name)
+    base, adapter = shop.base_folder(stage.model), None
+    if stage.start is not None:
+        base, adapter = shop.where(stage.start)
+    record = out / "run.json"
+    cached = record.is_file() and read_json(record)["status"] == "complete"
+
+    def show(event: Row) -> None:
+        if event["event"] == "step":
+            progress(event["step"], event["steps"])
+
+    run = train(
+        stage.objective,
+        folder.curated(stage.set),
+        base,
+        out,
+        stage.settings,
+        adapter=adapter,
+        name=stage.name,
+        progress=show,
+    )
+    return Done(f"{run['plan']['steps']} steps -> {out}", cached, run)
+
+
+def evaluate_stage(folder: RunFolder, shop: Workshop, stage: Evaluate, index: int, progress: Progress) -> Done:
+    """Measures the stage's models on its sets' held-out rows and adds what it finds to evaluation.json."""
+    path = folder.root / "evaluation.json"
+    before = read_json(path) if path.is_file() else {"rows": [], "done": []}
+    cached = index in before["done"]
+    if not cached:
+        rows = list(_measured(folder, shop, stage, progress))
+        write_json(path, {"rows": before["rows"] + rows, "done": [*before["done"], index]})
+    return Done(f"{len(stage.models)} models on {', '.join(stage.sets)} -> {path}", cached)
+
+
+def _measured(folder: RunFolder, shop: Workshop, stage: Evaluate, progress: Progress) -> Iterator[Row]:
+    total = len(stage.sets) * len(stage.models)
+    for at, set_name in enumerate(stage.sets):
+        try:
+            rows = read_split(folder.curated(set_name), "test")
+        except HouseError as error:
+            raise HouseError(f"nothing to evaluate on: {error}. Raise held_out, or give the set more rows") from error
+        preference = shop.recipe.sets()[set_name].kind == "preference"
+        pairs = _pairs(shop, stage) if preference else [(name, None) for name in stage.models]
+        for done, (name, start) in enumerate(pairs):
+            progress(at * len(stage.models) + done, total)
+            found = _preference(shop, name, start, rows) if start else _loss(shop, name, rows)
+            yield from ({"model": name, "set": set_name, **row} for row in found)
+    progress(total, total)
+
+
+def _pairs(shop: Workshop, stage: Evaluate) -> list[tuple[str, str]]:
+    """(policy, reference) for a preference set: each dpo stage against its start, and that start against itself."""
+    pairs: list[tuple[str, str]] = []
+    trained = shop.recipe.trained()
+    for name in stage.models:
+        if name in trained and trained[name].objective == "dpo":
+            start = trained[name].start or trained[name].model
+            pairs += [pair for pair in ((start, start), (name, start)) if pair not in pairs]
+    return pairs
+
+
+def _settings(shop: Workshop, name: str) -> Training:
+    """How the stage `name` was trained; of a base model, how the first stage on it is."""
+    trained = shop.recipe.trained()
+    users = [stage for stage in trained.values() if stage.name == name or stage.model == name]
+    return users[0].settings if users else Training()
+
+
+def _loss(shop: Workshop, name: str, rows: Any) -> list[Row]:
+    tokenizer = load_tokenizer(shop.base_folder(name))
+    found = evaluate_sft(shop.load(name), tokenizer, rows, _settings(shop, name).capacity)
+    return [{"metric": "loss", "value": found["loss"], "rows": found["rows"]}]
+
+
+def _preference(shop: Workshop, name: str, start: str, rows: Any) -> list[Row]:
+    tokenizer = load_tokenizer(shop.base_folder(name))
+    policy = shop.load(name)
+    reference = policy if start == name else shop.load(start)
+    settings = _settings(shop, name)
+    found = evaluate_preference(policy, reference, tokenizer, rows, settings.beta, settings.capacity)
+    return [{"metric": m, "value": found[m], "rows": found["pairs"]} for m in ("accuracy", "margin")]
