@@ -7,12 +7,13 @@ it answers for every row at every step it reached. Nothing here loops over rows:
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from .folder import HouseError, RunFolder, read_json
 from .rows import ROW
@@ -75,6 +76,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     },
     "evaluation": {"model": "VARCHAR", "set": "VARCHAR", "metric": "VARCHAR", "value": "DOUBLE", "rows": "BIGINT"},
     "trained": {"stage": "VARCHAR", "step": "BIGINT", "row_id": "VARCHAR"},
+    "excluded": {"stage": "VARCHAR", "row_id": "VARCHAR", "reason": "VARCHAR"},  # curated rows a stage left out
     "row_losses": {"stage": "VARCHAR", "row_id": "VARCHAR"},  # and whatever the stage wrote of each row
 }
 
@@ -85,20 +87,33 @@ def sources(folder: RunFolder) -> list[Json]:
 
 
 def sets(folder: RunFolder) -> list[Json]:
-    """set.json of every set that was begun, by name."""
-    return [read_json(path) for path in sorted(folder.ledger.glob("*/set.json"))]
+    """set.json of every set that was begun, in the recipe's order."""
+    place = _places(folder)
+    return sorted((read_json(path) for path in folder.ledger.glob("*/set.json")), key=lambda one: place(one["set"]))
 
 
 def steps(folder: RunFolder) -> list[Json]:
     """step.json of every finished step, by set and step, each with its `folder` (a Path)."""
+    place = _places(folder)
     found = [{**read_json(path), "folder": path.parent} for path in folder.ledger.glob("*/*/step.json")]
-    return sorted(found, key=lambda step: (step["set"], step["step"]))
+    return sorted(found, key=lambda step: (place(step["set"]), step["step"]))
 
 
 def stages(folder: RunFolder) -> list[Json]:
-    """run.json of every training stage, each with its `stage` (the folder's name), by start where that is recorded."""
-    found = [{**read_json(path), "stage": path.parent.name} for path in sorted(folder.root.glob("*/run.json"))]
-    return sorted(found, key=lambda run: str(run.get("started", run.get("created", ""))))
+    """run.json of every training stage in the recipe's order, each with its `stage` (the folder's name)."""
+    place = _places(folder)
+    found = [{**read_json(path), "stage": path.parent.name} for path in folder.root.glob("*/run.json")]
+    return sorted(found, key=lambda run: place(run["stage"]))
+
+
+def _places(folder: RunFolder) -> Callable[[str], tuple[int, str]]:
+    """Sort key of the names of sets and stages: as recipe.yaml first names them, others after them by name."""
+    names: list[str] = []
+    if folder.recipe.is_file():
+        for event in yaml.parse(folder.recipe.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.ScalarEvent):
+                names.append(event.value)
+    return lambda name: (names.index(name) if name in names else len(names), name)
 
 
 def evaluations(folder: RunFolder) -> list[Json]:
@@ -195,7 +210,7 @@ def _tables(con: Any, folder: RunFolder) -> None:
 
 def _run(run: Mapping[str, Any]) -> Json:
     record = json.dumps(run, ensure_ascii=False, default=str)
-    return {**run, "loss": run.get("loss", run.get("final_loss")), "record": record}
+    return {**run.get("plan", {}), **run, "record": record}
 
 
 def _verdicts(con: Any, folder: RunFolder) -> None:
@@ -229,6 +244,7 @@ def _verdicts(con: Any, folder: RunFolder) -> None:
     )
     _union(con, "scores", scores, {"set": "VARCHAR", "step": "INTEGER", "content_id": "VARCHAR", "score": "DOUBLE"})
     con.execute(_LIVES)
+    con.execute(_JUDGED)
     con.execute(_VERDICTS)
 
 
@@ -244,14 +260,19 @@ FROM entered e
 LEFT JOIN (SELECT "set", row_id, min(step) AS step FROM stored WHERE NOT keep GROUP BY ALL) d
   ON d."set" = e."set" AND d.row_id = e.row_id AND d.step >= e.entry"""
 
-_VERDICTS = """
-CREATE VIEW verdicts AS
-SELECT s."set", s.step, s.judge, l.row_id, coalesce(v.keep, true) AS keep, v.reason,
-  coalesce(v.score, m.score) AS score, v.evidence
+# Without the scores of plain keeps, which lie in the measures
+_JUDGED = """
+CREATE VIEW judged AS
+SELECT s."set", s.step, s.judge, l.row_id, l.content_id, coalesce(v.keep, true) AS keep, v.reason, v.score, v.evidence
 FROM lives l
 JOIN steps s ON s."set" = l."set" AND s.step >= l.entry AND s.step <= coalesce(l.dropped_at, s.step)
-LEFT JOIN stored v ON v."set" = s."set" AND v.step = s.step AND v.row_id = l.row_id
-LEFT JOIN scores m ON m."set" = s."set" AND m.step = s.step AND m.content_id = l.content_id"""
+LEFT JOIN stored v ON v."set" = s."set" AND v.step = s.step AND v.row_id = l.row_id"""
+
+_VERDICTS = """
+CREATE VIEW verdicts AS
+SELECT j."set", j.step, j.judge, j.row_id, j.keep, j.reason, coalesce(j.score, m.score) AS score, j.evidence
+FROM judged j
+LEFT JOIN scores m ON m."set" = j."set" AND m.step = j.step AND m.content_id = j.content_id"""
 
 
 def measure_of(folder: RunFolder, step: Mapping[str, Any]) -> str | None:
@@ -275,15 +296,18 @@ def _outputs(con: Any, folder: RunFolder) -> None:
     _union(con, "curated", curated)
     quarantine = [_only(file, COLUMNS["quarantine"]) for file in sorted(folder.quarantine.glob("*.parquet"))]
     _union(con, "quarantine", quarantine)
-    losses, trained = [], []
+    losses, trained, excluded = [], [], []
     for run in stages(folder):
         stage = folder.stage(run["stage"])
         head = f"SELECT {_text(run['stage'])} AS stage"
         losses += [f"{head}, * FROM {_read([f])}" for f in sorted((stage / "row_losses").glob("train*.parquet"))]
-        places = (stage / "row_losses" / "steps.parquet", stage / "steps.parquet")
-        trained += [f"{head}, step::BIGINT AS step, row_id FROM {_read([f])}" for f in places if f.is_file()]
+        if (file := stage / "steps.parquet").is_file():
+            trained.append(f"{head}, step::BIGINT AS step, row_id FROM {_read([file])}")
+        if (file := stage / "excluded.parquet").is_file():
+            excluded.append(f"{head}, row_id, reason FROM {_read([file])}")
     _union(con, "row_losses", losses)
     _union(con, "trained", trained)
+    _union(con, "excluded", excluded)
 
 
 def _only(file: Path, columns: Mapping[str, str]) -> str:
@@ -345,11 +369,11 @@ def query(folder: RunFolder, sql: str, most: int | None = None) -> tuple[list[st
             con.execute(_one_select(con, sql))
             rows = con.fetchall() if most is None else con.fetchmany(most)
         except duckdb.Error as error:
-            raise HouseError(f"DuckDB could not answer: {error}\nViews: {', '.join(_names(con))}.") from error
+            raise HouseError(f"DuckDB could not answer: {error}\nViews: {', '.join(_names())}.") from error
         return [column[0] for column in con.description], rows
 
 
-def _names(con: Any) -> list[str]:
+def _names() -> list[str]:
     return sorted({"rows", *COLUMNS})
 
 
@@ -379,7 +403,7 @@ def _one_select(con: Any, sql: str) -> Any:
             raise HouseError(f"sql only reads; this statement holds a {node['type'].removesuffix('_QUERY_NODE')}.")
         if node.get("type") == "TABLE_FUNCTION" and node["function"]["function_name"].lower() not in _FUNCTIONS:
             name = node["function"]["function_name"]
-            raise HouseError(f"sql does not call {name}(): read the views instead, {', '.join(_names(con))}.")
+            raise HouseError(f"sql does not call {name}(): read the views instead, {', '.join(_names())}.")
     return found[0]
 
 

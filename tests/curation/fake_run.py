@@ -276,7 +276,7 @@ def _stage(fake: Fake, stage: str, objective: str, set_name: str) -> None:
     with (home / "metrics.jsonl").open("w", encoding="utf-8") as lines:
         for step in range(steps):
             value: dict[str, float] = {
-                "step": step,
+                "step": step + 1,
                 "tokens_per_s": 3100.0 + step,
                 "learning_rate": 2e-4 * (1 - step / steps),
             }
@@ -292,23 +292,27 @@ def _stage(fake: Fake, stage: str, objective: str, set_name: str) -> None:
         "tokens": [20 + i % 9 for i in range(len(ids))],
     }
     write_parquet(home / "row_losses" / "train.parquet", pa.table(losses))
-    seen = {"step": pa.array([i * steps // len(ids) for i in range(len(ids))], pa.int32()), "row_id": ids}
+    seen = {"step": pa.array([1 + i * steps // len(ids) for i in range(len(ids))], pa.int32()), "row_id": ids}
     write_parquet(home / "steps.parquet", pa.table(seen))
+    left_out = {"row_id": [ids[0]], "reason": ["too_long"], "tokens": [4000]}
+    write_parquet(home / "excluded.parquet", pa.table(left_out))
     write_json(home / "run.json", {
-        "objective": objective, "status": "finished", "started": f"2026-01-05T02:0{len(stage)}:00Z", "loss": 2.14,
-        "tokens_per_s": 3122.0, "steps": steps, "rows": len(ids), "seconds": 61.5,
+        "objective": objective, "status": "complete", "loss": 2.14,
+        "tokens_per_s": 3122.0, "seconds": 61.5, "result": "adapter", "device": "cpu", "dtype": "fp32", "threads": 2,
         "settings": {"learning_rate": 2e-4, "capacity": 1024, "lora": {"rank": 16, "base": "nf4"}},
-        "plan": {"packs": 31, "tokens": 30211, "fill": 0.951}})  # fmt: skip
+        "plan": {"rows": len(ids) - 1, "units": len(ids) - 1, "tokens": 30211, "target_tokens": 20100, "longest": 400,
+                 "packs": 31, "fill": 0.951, "steps": steps, "epochs": 1, "excluded": {"too_long": 1},
+                 "truncated": 0}})  # fmt: skip
 
 
 def _evaluation(fake: Fake) -> None:
     rows = [
         {"model": model, "set": name, "metric": metric, "value": value, "rows": n}
         for model, name, metric, value, n in (
-            ("small", "sft", "loss per target token", 7.91, 33), ("sft", "sft", "loss per target token", 2.31, 33),
-            ("dpo", "sft", "loss per target token", 2.36, 33), ("sft", "dpo", "preference accuracy", 0.5, 8),
-            ("dpo", "dpo", "preference accuracy", 0.875, 8), ("sft", "dpo", "reward margin", 0.0, 8),
-            ("dpo", "dpo", "reward margin", 0.41, 8),
+            ("small", "sft", "loss", 7.91, 33), ("sft", "sft", "loss", 2.31, 33),
+            ("dpo", "sft", "loss", 2.36, 33), ("sft", "dpo", "accuracy", 0.5, 8),
+            ("dpo", "dpo", "accuracy", 0.875, 8), ("sft", "dpo", "margin", 0.0, 8),
+            ("dpo", "dpo", "margin", 0.41, 8),
         )
     ]  # fmt: skip
     write_json(fake.folder.root / "evaluation.json", {"rows": rows})

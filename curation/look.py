@@ -1,0 +1,450 @@
+"""Looking into a run: `funnel` says what became of all rows, `why` tells the whole life of one.
+
+Both return values; `print_funnel`, `print_why` and `print_query` show them in a terminal. Row text is untrusted: it is
+shown without its control characters and never read as markup.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from .folder import HouseError, RunFolder
+from .text import prompt_of, response_of
+from .views import Json, connect, query, sets, sources, steps
+
+ROW_ID = re.compile(r"[0-9a-f]{32}")
+MOST_ROWS = 1000  # of a query's answer on the screen
+MOST_RELATIVES = 50  # parents or children of one row that are told
+
+
+# --- the funnel ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SetFunnel:
+    """One set: its finished steps (step.json), rows of each curated split (empty before the end), steps in all."""
+
+    name: str
+    kind: str
+    steps: tuple[Json, ...]
+    curated: dict[str, int]
+    planned: int
+
+    @property
+    def held_out(self) -> int:
+        return sum(step["reasons"].get("held_out", 0) for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Funnel:
+    """What was read and what each set kept of it. faults: a sentence for each place where rows are not conserved."""
+
+    sources: tuple[Json, ...]
+    sets: tuple[SetFunnel, ...]
+    faults: tuple[str, ...]
+
+
+def funnel(folder: RunFolder) -> Funnel:
+    """The funnel of a run, finished or not, checked for conservation from what lies on disk."""
+    read, done = sources(folder), steps(folder)
+    with connect(folder) as con:
+        splits = con.execute('SELECT "set", split, count(*) FROM curated GROUP BY ALL ORDER BY ALL').fetchall()
+    found = []
+    for record in sets(folder):
+        mine = tuple(step for step in done if step["set"] == record["set"])
+        curated = {split: rows for name, split, rows in splits if name == record["set"]}
+        # the split of training first
+        curated = dict(sorted(curated.items(), key=lambda item: (item[0] != "train", item[0])))
+        found.append(SetFunnel(record["set"], record["kind"], mine, curated, len(record["steps"])))
+    faults = [fault for one, record in zip(found, sets(folder), strict=True) for fault in _faults(one, record, read)]
+    lost = [f"source {s['name']}: read {s['read']:,} is not rows {s['rows']:,} + quarantined {s['quarantined']:,}"
+            for s in read if s["read"] != s["rows"] + s["quarantined"]]  # fmt: skip
+    return Funnel(tuple(read), tuple(found), (*lost, *faults))
+
+
+def _faults(one: SetFunnel, record: Mapping[str, Any], read: Sequence[Json]) -> list[str]:
+    """Every place where the set's numbers do not follow from one another."""
+    came = sum(source["rows"] for source in read if source["name"] in record["sources"])
+    faults = []
+    for step in one.steps:
+        where = f"set {one.name}, step {step['step']} {step['name']}"
+        if step["came"] != came:
+            faults.append(f"{where}: {step['came']:,} came, but {came:,} were left before it")
+        if step["came"] + step["made"] != step["kept"] + step["dropped"]:
+            faults.append(
+                f"{where}: came {step['came']:,} + made {step['made']:,} is not kept {step['kept']:,}"
+                f" + dropped {step['dropped']:,}"
+            )
+        came = step["kept"]
+    if one.curated and one.curated.get("train", 0) != came:
+        faults.append(f"set {one.name}: {came:,} rows were kept, {one.curated.get('train', 0):,} are in split train")
+    if one.curated and one.curated.get("test", 0) != one.held_out:
+        faults.append(f"set {one.name}: {one.held_out:,} held out, {one.curated.get('test', 0):,} are in split test")
+    return faults
+
+
+def print_funnel(folder: RunFolder, console: Console | None = None) -> None:
+    """The funnel as tables, and a last line that says whether every row is accounted for."""
+    console = console or Console()
+    found = funnel(folder)
+    if not found.sources and not found.sets:
+        console.print(Text(f"{folder.root} holds no rows yet: nothing was read to its end."))
+        return
+    console.print(_source_table(found.sources))
+    for one in found.sets:
+        console.print()
+        console.print(_set_table(one))
+        if one.curated:
+            said = " and ".join(f"{rows:,} rows in split {split}" for split, rows in one.curated.items())
+            console.print(Text(f"curated/{one.name}: {said}", style="bold green"))
+        else:
+            console.print(Text(f"not finished: {len(one.steps)} of {one.planned} steps are done", style="yellow"))
+    console.print()
+    for fault in found.faults:
+        console.print(Text(f"NOT CONSERVED: {fault}", style="bold red"))
+    if not found.faults:
+        console.print(Text(conserved(found), style="green"))
+
+
+def conserved(found: Funnel) -> str:
+    """The sentence that closes a sound funnel."""
+    read, rows, bad = (sum(s[name] for s in found.sources) for name in ("read", "rows", "quarantined"))
+    number = sum(len(one.steps) for one in found.sets)
+    return (
+        f"Every row is accounted for: read {read:,} = rows {rows:,} + quarantined {bad:,};"
+        f" came + made = kept + dropped in all {number} steps."
+    )
+
+
+def _source_table(read: Sequence[Json]) -> Table:
+    table = _table(("source", "shape", "licence"), ("read", "rows", "quarantined"))
+    for s in read:
+        table.add_row(*_cells(s["name"], s["shape"], s["licence"], s["read"], s["rows"], s["quarantined"]))
+    if len(read) > 1:
+        table.add_section()
+        table.add_row(*_cells("all", "", "", *(sum(s[n] for s in read) for n in ("read", "rows", "quarantined"))))
+    return table
+
+
+def _set_table(one: SetFunnel) -> Table:
+    table = _table(("", f"set {one.name}"), ("came", "made", "kept", "dropped"), ("reasons",))
+    for step in one.steps:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in step["reasons"].items())
+        counts = (step["came"], step["made"] or "", step["kept"], step["dropped"] or "")
+        table.add_row(*_cells(step["step"], step["judge"], *counts, reasons))
+    return table
+
+
+def _table(left: Sequence[str], right: Sequence[str], tail: Sequence[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in left:
+        table.add_column(Text(name), overflow="fold")
+    for name in right:
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    for name in tail:
+        table.add_column(Text(name), overflow="fold")
+    return table
+
+
+def _cells(*values: Any) -> list[Text]:
+    return [Text(f"{value:,}" if isinstance(value, int) else plain(str(value or ""))) for value in values]
+
+
+# --- the life of one row ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One verdict on a row, and the texts of the rows that its evidence names."""
+
+    set: str
+    step: int
+    name: str
+    judge: str
+    keep: bool
+    reason: str | None
+    score: float | None
+    measure: str | None  # what `score` is
+    limits: tuple[float | None, float | None]
+    evidence: Json
+    texts: dict[str, str]
+
+    def sentence(self) -> str:
+        """The verdict in words, without its evidence."""
+        said = "kept" if self.keep else "dropped"
+        said += f": {self.reason}" if self.reason else ""
+        if self.score is None:
+            return said
+        said += f"; {self.measure or 'score'} {self.score:.6g}"
+        low, high = self.limits
+        if (low, high) != (None, None):
+            span = f"from {low:g} to {high:g}" if low is not None and high is not None else ""
+            span = span or (f"from {low:g}" if low is not None else f"up to {high:g}")
+            said += f", kept {span}"
+        return said
+
+    def proof(self) -> list[str]:
+        """The evidence in words, one line a fact, with the text of each row that it names."""
+        return [
+            f"{name.replace('_', ' ')}: {value}" + (f"  {self.texts[value]}" if value in self.texts else "")
+            for name, value in ((key, _word(item)) for key, item in self.evidence.items())
+        ]
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A row that another was made from or that was made from it. depth: generations between them."""
+
+    row_id: str
+    depth: int
+    source: str
+    position: int
+    maker: str | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Life:
+    """All that a run knows of one row. `source` is the record of where it was read (None for made rows)."""
+
+    row: Json
+    source: Json | None
+    parents: tuple[Relative, ...]
+    children: tuple[Relative, ...]
+    verdicts: tuple[Verdict, ...]
+    curated: tuple[tuple[str, str, str], ...]  # set, split, file
+    trained: tuple[Json, ...]  # stage, steps, and what the stage wrote of the row; or stage, excluded
+    faults: tuple[Json, ...]  # of the quarantine: step, error, raw (a traceback)
+
+
+def why(folder: RunFolder, row_id: str) -> Life:
+    """The life of the row whose id is, or alone begins with, `row_id`. HouseError where there is none or several."""
+    with connect(folder) as con:
+        return life(con, folder, row_id)
+
+
+def life(con: Any, folder: RunFolder, row_id: str) -> Life:
+    """`why` on a connection that stands (views.connect)."""
+    full = _find(con, row_id)
+    row = _records(con, "SELECT * FROM rows WHERE row_id = ? LIMIT 1", [full])[0]
+    named = {source["name"]: source for source in sources(folder)}
+    return Life(
+        row=row,
+        source=named.get(row["source"]) if row["maker"] is None else None,
+        parents=_ancestors(con, row),
+        children=_children(con, full),
+        verdicts=_verdicts(con, folder, row),
+        curated=tuple(
+            con.execute('SELECT "set", split, file FROM curated WHERE row_id = ? ORDER BY ALL', [full]).fetchall()
+        ),
+        trained=_trained(con, full),
+        faults=tuple(_records(con, "SELECT step, error, raw FROM quarantine WHERE row_id = ? ORDER BY ALL", [full])),
+    )
+
+
+def _find(con: Any, row_id: str) -> str:
+    wanted = row_id.strip().lower()
+    sql = "SELECT DISTINCT row_id FROM rows WHERE starts_with(row_id, ?) ORDER BY row_id LIMIT 5"
+    found = [one for (one,) in con.execute(sql, [wanted]).fetchall()] if wanted else []
+    if len(found) == 1 or wanted in found:
+        return wanted if wanted in found else str(found[0])
+    if found:
+        raise HouseError(f"several rows begin with {row_id!r}, such as {', '.join(found)}. Give more of the id.")
+    raise HouseError(
+        f"no row has the id {row_id!r}. Ids stand in the report and in the curated files (column row_id); or ask:"
+        " gristmill sql OUT \"select row_id, reason from verdicts where not keep limit 20\""
+    )  # fmt: skip
+
+
+def _verdicts(con: Any, folder: RunFolder, row: Mapping[str, Any]) -> tuple[Verdict, ...]:
+    known = {(step["set"], step["step"]): step for step in steps(folder)}
+    order = {key: place for place, key in enumerate(known)}
+    judged = _records(con, "SELECT * FROM judged WHERE row_id = ?", [row["row_id"]])
+    measured = con.execute('SELECT "set", step, score FROM scores WHERE content_id = ?', [row["content_id"]]).fetchall()
+    scores = {(name, step): score for name, step, score in measured}
+    found = []
+    for one in sorted(judged, key=lambda one: order[one["set"], one["step"]]):
+        key = (one["set"], one["step"])
+        step = known[key]
+        evidence = json.loads(one["evidence"] or "{}")
+        score = scores.get(key) if one["score"] is None else one["score"]
+        found.append(
+            Verdict(
+                *(one["set"], one["step"], step["name"], one["judge"], one["keep"], one["reason"], score),
+                *(step["score"], tuple(step["limits"]), evidence, _texts(con, evidence)),
+            )
+        )
+    return tuple(found)
+
+
+def _texts(con: Any, evidence: Mapping[str, Any]) -> dict[str, str]:
+    """Texts of the rows that evidence names."""
+    ids = [value for value in evidence.values() if isinstance(value, str) and ROW_ID.fullmatch(value)]
+    return {row["row_id"]: gist(row) for row in _rows(con, ids)}
+
+
+def _ancestors(con: Any, row: Mapping[str, Any]) -> tuple[Relative, ...]:
+    """Parents, their parents, and so on to what was read."""
+    found: list[Relative] = []
+    seen, wanted, depth = {row["row_id"]}, list(row["parents"] or ()), 1
+    while wanted and len(found) < MOST_RELATIVES:
+        rows = _rows(con, [one for one in dict.fromkeys(wanted) if one not in seen][:MOST_RELATIVES])
+        found += [_relative(one, depth) for one in rows]
+        seen |= {one["row_id"] for one in rows}
+        wanted = [parent for one in rows for parent in one["parents"] or ()]
+        depth += 1
+    return tuple(found)
+
+
+def _children(con: Any, row_id: str) -> tuple[Relative, ...]:
+    sql = "SELECT * FROM rows WHERE maker IS NOT NULL AND list_contains(parents, ?) ORDER BY row_id LIMIT ?"
+    return tuple(_relative(row, 1) for row in _records(con, sql, [row_id, MOST_RELATIVES]))
+
+
+def _relative(row: Mapping[str, Any], depth: int) -> Relative:
+    return Relative(row["row_id"], depth, row["source"], row["position"], row["maker"], gist(row))
+
+
+def _trained(con: Any, row_id: str) -> tuple[Json, ...]:
+    losses = {one["stage"]: one for one in _records(con, "SELECT * FROM row_losses WHERE row_id = ?", [row_id])}
+    sql = "SELECT stage, list(DISTINCT step ORDER BY step) AS steps FROM trained WHERE row_id = ? GROUP BY stage"
+    found = [one | {"losses": losses.get(one["stage"], {})} for one in _records(con, sql, [row_id])]
+    found += _records(con, "SELECT stage, reason AS excluded FROM excluded WHERE row_id = ?", [row_id])
+    return tuple(sorted(found, key=lambda one: str(one["stage"])))
+
+
+def _rows(con: Any, ids: Sequence[str]) -> list[Json]:
+    """The rows of these ids, in their order; ids that no row has are passed over."""
+    if not ids:
+        return []
+    found = {
+        row["row_id"]: row for row in _records(con, "SELECT * FROM rows WHERE row_id IN (SELECT unnest(?))", [ids])
+    }
+    return [found[one] for one in ids if one in found]
+
+
+def _records(con: Any, sql: str, values: Sequence[Any]) -> list[Json]:
+    answer = con.execute(sql, list(values))
+    names = [column[0] for column in answer.description]
+    return [dict(zip(names, row, strict=True)) for row in answer.fetchall()]
+
+
+def gist(row: Mapping[str, Any], most: int = 160) -> str:
+    """Prompt and response on one line, cut to `most` characters."""
+    said = " -> ".join(piece for piece in (prompt_of(row), response_of(row)) if piece)
+    return cut(" ".join(plain(said).split()), most)
+
+
+def cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def plain(text: str) -> str:
+    """`text` with control characters other than tab and newline shown as `·`: a terminal must not obey row text."""
+    return "".join(c if c in "\t\n" or (c >= " " and not "\x7f" <= c <= "\x9f") else "·" for c in text)
+
+
+def print_why(folder: RunFolder, row_id: str, console: Console | None = None) -> None:
+    """The life of one row: what it says, where it came from, what each step said of it, what became of it."""
+    console = console or Console()
+    found = why(folder, row_id)
+    tree = Tree(Text(f"row {found.row['row_id']}", style="bold"))
+    _show_text(tree, found.row)
+    _show_origin(tree, found)
+    for name in dict.fromkeys(verdict.set for verdict in found.verdicts):
+        _show_set(tree, found, name)
+    if not found.verdicts:
+        tree.add(Text("no step has judged it yet", style="yellow"))
+    for one in found.trained:
+        _show_trained(tree, one)
+    if found.children:
+        branch = tree.add(Text("made from it", style="bold"))
+        for child in found.children:
+            branch.add(Text(f"{child.row_id} by {plain(child.maker or '')}\n{child.text}"))
+    for fault in found.faults:
+        tree.add(Text(f"quarantine: {plain(fault['error'] or '')}", style="bold red")).add(
+            Text(plain(fault["raw"] or ""))
+        )
+    console.print(tree)
+
+
+def _show_text(tree: Tree, row: Mapping[str, Any]) -> None:
+    branch = tree.add(Text("what it says", style="bold"))
+    for name in ("messages", "chosen", "rejected"):
+        for turn in row[name] or ():
+            head = turn["role"] if name == "messages" else f"{name} {turn['role']}"
+            branch.add(Text.assemble((f"{plain(head)}: ", "cyan"), cut(plain(turn["content"] or ""), 1200)))
+    if row["text"] is not None:
+        branch.add(Text(cut(plain(row["text"]), 1200)))
+
+
+def _show_origin(tree: Tree, found: Life) -> None:
+    row = found.row
+    if found.source is not None:
+        s = found.source
+        licence = s["licence"] or "no licence stated"
+        tree.add(Text(f"read from source {s['name']}, position {row['position']:,} ({s['path']}; {licence})"))
+        return
+    branch = tree.add(Text(f"made by {plain(row['maker'] or 'an unknown maker')} from", style="bold"))
+    for parent in found.parents:
+        made = (
+            f"made by {plain(parent.maker)}"
+            if parent.maker
+            else f"source {parent.source}, position {parent.position:,}"
+        )
+        branch.add(Text(f"{'  ' * (parent.depth - 1)}{parent.row_id} ({made})\n{parent.text}"))
+    for lost in [one for one in row["parents"] or () if one not in {parent.row_id for parent in found.parents}]:
+        branch.add(Text(f"{lost} (not a row of this run)"))
+
+
+def _show_set(tree: Tree, found: Life, name: str) -> None:
+    branch = tree.add(Text(f"set {name}", style="bold"))
+    for verdict in found.verdicts:
+        if verdict.set != name:
+            continue
+        style = "green" if verdict.keep else "bold red"
+        leaf = branch.add(Text.assemble(f"{verdict.step:>2} {verdict.name} ", (verdict.sentence(), style)))
+        if not verdict.keep:
+            leaf.add(Text(plain(verdict.judge), style="dim"))
+        for line in verdict.proof():
+            leaf.add(Text(plain(line)))
+    for _, split, file in (one for one in found.curated if one[0] == name):
+        branch.add(Text(f"curated: split {split}, curated/{name}/{file}", style="bold green"))
+
+
+def _show_trained(tree: Tree, one: Mapping[str, Any]) -> None:
+    if "excluded" in one:
+        tree.add(Text(f"stage {one['stage']}: left out of training, {one['excluded']}", style="yellow"))
+        return
+    shown = ", ".join(str(step) for step in one["steps"][:12]) + (", …" if len(one["steps"]) > 12 else "")
+    values = [f"{k} {_word(v)}" for k, v in one["losses"].items() if k not in ("stage", "row_id") and v is not None]
+    tree.add(Text(f"stage {one['stage']}: trained in step {shown}" + (f"; {', '.join(values)}" if values else "")))
+
+
+def print_query(folder: RunFolder, sql: str, console: Console | None = None) -> None:
+    """The answer to one SELECT as a table, its first MOST_ROWS rows."""
+    console = console or Console()
+    columns, rows = query(folder, sql, MOST_ROWS + 1)
+    numbers = [
+        all(row[i] is None or isinstance(row[i], int | float) for row in rows) and bool(rows)
+        for i in range(len(columns))
+    ]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name, number in zip(columns, numbers, strict=True):
+        table.add_column(Text(plain(name)), justify="right" if number else "left", overflow="fold")
+    for row in rows[:MOST_ROWS]:
+        table.add_row(*(Text("null", style="dim") if value is None else Text(plain(str(value))) for value in row))
+    console.print(table)
+    if len(rows) > MOST_ROWS:
+        console.print(Text(f"only the first {MOST_ROWS:,} rows are shown; add a limit or an aggregate", style="yellow"))
