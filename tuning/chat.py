@@ -53,7 +53,7 @@ class Template:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._tokens = dict(tokenizer.special_tokens_map)
+        self._tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._closing = tuple(special | {tokenizer.eos_token} - {None})
 
@@ -62,7 +62,7 @@ class Template:
 
         HouseError where the template refuses the conversation, with the template's own words."""
         try:
-            (text,), _ = render_jinja_template(
+            texts: Any = render_jinja_template(
                 conversations=[[{"content": "", **turn} for turn in messages]],
                 tools=tools,
                 chat_template=self._tokenizer.get_chat_template(None, tools),
@@ -71,7 +71,7 @@ class Template:
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise HouseError(f"the chat template refuses this conversation: {error}") from error
-        return str(text)
+        return str(texts[0][0])
 
     def turn(self, messages: Sequence[Message], index: int, tools: list[Any] | None) -> tuple[str, int, int]:
         """The text up to and with assistant turn `index`, and where that turn starts and ends in it (characters, the
@@ -184,8 +184,7 @@ def tokenise_responses(tokenizer: PreTrainedTokenizerBase, rows: pa.Table) -> li
                 drafts.append(_response(template, row))
             except HouseError as error:
                 drafts.append(error)
-        tokens = iter(_tokenise(tokenizer, [draft for draft in drafts if isinstance(draft, _Draft)]))
-        results += [next(tokens) if isinstance(draft, _Draft) else draft for draft in drafts]
+        results += _tokenise_some(tokenizer, drafts)
     return results
 
 
@@ -200,19 +199,19 @@ def tokenise_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
     return examples
 
 
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, conversations: Iterable[Sequence[Message]]
-) -> list[list[int] | HouseError]:
-    """Token ids of each conversation up to where the assistant's next turn begins, or the template's refusal."""
+def conversation_ids(
+    tokenizer: PreTrainedTokenizerBase, conversations: Iterable[Sequence[Message]], *, prompt: bool = False
+) -> list[NDArray[np.int32] | HouseError]:
+    """Token ids of each conversation, with `prompt` up to where the assistant's next turn begins; where the template
+    refuses one, the error in its place."""
     template = Template(tokenizer)
-    texts: list[str | HouseError] = []
+    drafts: list[_Draft | HouseError] = []
     for messages in conversations:
         try:
-            texts.append(template.render(messages, prompt=True))
+            drafts.append(_Draft(template.render(messages, prompt=prompt)))
         except HouseError as error:
-            texts.append(error)
-    ids = iter(_tokenise(tokenizer, [_Draft(text) for text in texts if isinstance(text, str)]))
-    return [next(ids).ids.tolist() if isinstance(text, str) else text for text in texts]
+            drafts.append(error)
+    return [item.ids if isinstance(item, Tokens) else item for item in _tokenise_some(tokenizer, drafts)]
 
 
 def _drafts(
@@ -328,6 +327,13 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[_Draft]) -> l
     weights = _token_weights(drafts, bases, offsets, counts)
     cuts = np.cumsum(counts)[:-1]
     return [Tokens(*pair) for pair in zip(np.split(ids, cuts), np.split(weights, cuts), strict=True)]
+
+
+def _tokenise_some(
+    tokenizer: PreTrainedTokenizerBase, drafts: Sequence[_Draft | HouseError]
+) -> list[Tokens | HouseError]:
+    tokens = iter(_tokenise(tokenizer, [draft for draft in drafts if isinstance(draft, _Draft)]))
+    return [next(tokens) if isinstance(draft, _Draft) else draft for draft in drafts]
 
 
 def _token_weights(

@@ -10,7 +10,7 @@ from gristmill.curation.folder import HouseError
 from gristmill.curation.rows import message, table
 from gristmill.tuning.chat import (
     Tokens,
-    prompt_ids,
+    conversation_ids,
     tokenise_messages,
     tokenise_pair,
     tokenise_pairs,
@@ -179,7 +179,9 @@ def test_pairs_train_completions_only() -> None:
     chosen, rejected = tokenise_pair(kind, [SYSTEM, ASK, SAY, MORE], [LAST], [turn("assistant", "Yes")], spans=spans)
     assert trained(kind, chosen) == ["No.<|eot_id|>"]
     assert trained(kind, rejected) == ["s<|eot_id|>"]
-    prompt = len(prompt_ids(kind, [[SYSTEM, ASK, SAY, MORE]])[0])
+    (ids,) = conversation_ids(kind, [[SYSTEM, ASK, SAY, MORE]], prompt=True)
+    assert isinstance(ids, np.ndarray)
+    prompt = len(ids)
     assert (chosen.ids[:prompt] == rejected.ids[:prompt]).all() and not chosen.weights[:prompt].any()
     with pytest.raises(HouseError, match="chosen has no assistant turn"):
         tokenise_pair(kind, [ASK], [MORE], [LAST])
@@ -232,7 +234,7 @@ def test_texts_are_trained_whole_and_end() -> None:
 
 def test_prompts_and_tools() -> None:
     kind = tokenizer("{% if tools %}<{{ tools[0].name }}>{% endif %}" + CHATML)
-    (ids,) = prompt_ids(kind, [[ASK]])
-    assert isinstance(ids, list) and kind.decode(ids).endswith("<|im_start|>assistant\n")
+    (ids,) = conversation_ids(kind, [[ASK]], prompt=True)
+    assert isinstance(ids, np.ndarray) and kind.decode(ids.tolist()).endswith("<|im_start|>assistant\n")
     (tokens,) = tokenise_messages(kind, [ASK, SAY], tools=[{"name": "look"}])
     assert kind.decode(tokens.ids.tolist()).startswith("<look>") and trained(kind, tokens) == ["Zwölf 🎉.<|im_end|>"]
