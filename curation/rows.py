@@ -73,6 +73,8 @@ def message(role: str, content: str | None, **more: str | None) -> dict[str, str
 
 def _bare(value: Any) -> Any:
     """`value` without null fields, so that a later optional field leaves old content ids alone."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, Mapping):
         return {key: _bare(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
