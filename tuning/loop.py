@@ -11,7 +11,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,16 @@ from .losses import dpo_loss, sft_loss, sums_by_document
 from .models import load_model, load_tokenizer
 from .packing import Pack
 from .place import Place, training_place
-from .records import begun, cut_metrics, folder_digest, read_reference, run_inputs, write_reference, write_row_losses
+from .records import (
+    INPUTS,
+    begun,
+    cut_metrics,
+    folder_digest,
+    read_reference,
+    run_inputs,
+    write_reference,
+    write_row_losses,
+)
 from .settings import Training
 
 Progress = Callable[[dict[str, Any]], None]
@@ -39,8 +49,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """What the steps of one stage share. reference: (U, 2) of DPO's units, on the policy's device; None for SFT."""
+    """What the steps of one stage share. key: digest of its inputs and plan. reference: (U, 2) log-probabilities of
+    DPO's answers, on the policy's device; None for SFT."""
 
+    key: str
     objective: Objective
     plan: Plan
     policy: PreTrainedModel
@@ -76,8 +88,8 @@ def train(
     past = begun(out, inputs)
     if past is not None and past["status"] == "complete":
         return past
-    with training_place(settings, past) as place:
-        tokenizer, context = load_tokenizer(model), context_of(AutoConfig.from_pretrained(model))
+    with continuable(out), training_place(settings, past) as place:
+        tokenizer, context = load_tokenizer(model), context_of(AutoConfig.from_pretrained(model, local_files_only=True))
         rows = read_rows(objective, data)
         units = read_units(objective, tokenizer, rows, settings.capacity, settings.overlong, context)
         plan = make_plan(units, settings)
@@ -87,7 +99,7 @@ def train(
         tell({"event": "plan", **numbers})
         policy, parameters = _policy(model, adapter, settings, place)
         reference = _reference(policy, plan, out, _key(run), tell) if objective == "dpo" else None
-        stage = Stage(objective, plan, policy, parameters, reference, settings, out)
+        stage = Stage(_key(run), objective, plan, policy, parameters, reference, settings, out)
         _steps(stage, tell)
         if settings.lora is None:
             with whole_folder(out / "model") as folder:
@@ -97,6 +109,16 @@ def train(
         else:
             save_adapter(policy, out / "adapter", settings.lora, str(model))
     return _complete(out, run)
+
+
+@contextmanager
+def continuable(out: Path) -> Iterator[None]:
+    """Says, where a person stops the run, how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        log.warning("stopped; the same command continues %s from its last checkpoint", out)
+        raise
 
 
 def pack_loss(stage: Stage, pack: Pack, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,36 +173,34 @@ def _steps(stage: Stage, tell: Progress) -> None:
     cut_metrics(out / "metrics.jsonl", start)
     stage.policy.train()
     saved, total = start, len(plan.steps)
-    try:
-        with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-            for step in range(start, total):
-                began = time.perf_counter()
-                torch.manual_seed(_step_seed(settings.seed, step))
-                rate = learning_rate(settings, step, total)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                units = plan.units_of(step)
-                values[:, units] = accumulate(stage, step)
-                last[units] = step + 1
-                norm = float(nn.utils.clip_grad_norm_(stage.parameters.values(), settings.max_grad_norm))
-                loss = float(values[0, units].double().sum()) / share_of(stage, step)
-                _check_finite(stage, step, loss, norm, saved)
-                optimizer.step()
-                optimizer.zero_grad()
-                line = {"step": step + 1, "epoch": plan.steps[step][0] + 1, "loss": loss, "grad_norm": norm, "lr": rate}
-                line |= _numbers(stage, values, units, time.perf_counter() - began)
-                metrics.write(json.dumps(line) + "\n")
-                metrics.flush()
-                tell({"event": "step", **line, "total": total})
-                if (step + 1) % settings.checkpoint_every == 0 and step + 1 < total:
-                    weights = {f"weights/{name}": p.detach() for name, p in stage.parameters.items()}
-                    seen = {"seen/values": values, "seen/last": last}
-                    tensors = weights | optimizer_tensors(optimizer, stage.parameters) | seen
-                    save_checkpoint(out / "checkpoints", Checkpoint(step + 1, tensors, {}), settings.keep_checkpoints)
-                    saved = step + 1
-    except KeyboardInterrupt:
-        log.warning("stopped; the same command continues %s after step %d of %d", out, saved, total)
-        raise
+    with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+        for step in range(start, total):
+            began = time.perf_counter()
+            torch.manual_seed(_step_seed(settings.seed, step))
+            rate = learning_rate(settings, step, total)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            units = plan.units_of(step)
+            values[:, units] = accumulate(stage, step)
+            last[units] = step + 1
+            norm = float(nn.utils.clip_grad_norm_(stage.parameters.values(), settings.max_grad_norm))
+            loss = float(values[0, units].double().sum()) / share_of(stage, step)
+            _check_finite(stage, step, loss, norm, saved)
+            optimizer.step()
+            optimizer.zero_grad()
+            line = {"step": step + 1, "epoch": plan.steps[step][0] + 1, "loss": loss, "grad_norm": norm, "lr": rate}
+            line |= _numbers(stage, values, units, time.perf_counter() - began)
+            metrics.write(json.dumps(line) + "\n")
+            metrics.flush()
+            tell({"event": "step", **line, "total": total})
+            if (step + 1) % settings.checkpoint_every == 0 and step + 1 < total:
+                weights = {f"weights/{name}": p.detach() for name, p in stage.parameters.items()}
+                seen = {"seen/values": values, "seen/last": last}
+                tensors = weights | optimizer_tensors(optimizer, stage.parameters) | seen
+                save_checkpoint(
+                    out / "checkpoints", Checkpoint(step + 1, tensors, {"key": stage.key}), settings.keep_checkpoints
+                )
+                saved = step + 1
     write_row_losses(out / "row_losses" / "train.parquet", stage.objective, plan, values.numpy(), last.numpy())
 
 
@@ -245,6 +265,8 @@ def _resume(
     found = find_latest(stage.out / "checkpoints", log.warning)
     if found is None:
         return 0
+    if found.values["key"] != stage.key:
+        raise HouseError(f"{stage.out / 'checkpoints'} holds checkpoints of another run; choose another folder")
     with torch.no_grad():
         for name, parameter in stage.parameters.items():
             parameter.copy_(found.tensors[f"weights/{name}"])
@@ -281,10 +303,9 @@ def _step_seed(seed: int, step: int) -> int:
 
 
 def _key(run: dict[str, Any]) -> str:
-    """What reference log-probabilities depend on."""
-    parts = [run["model_digest"], run["adapter_digest"], run["plan"]["digest"], run["settings"]["lora"]]
-    parts += [run["data_digest"], run["dtype"], run["device"], run["threads"]]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    """Of all that the weights of each step depend on, the place aside."""
+    inputs = [run[name] for name in INPUTS]
+    return hashlib.sha256(json.dumps([inputs, run["plan"]["digest"]], sort_keys=True).encode()).hexdigest()
 
 
 def _complete(out: Path, run: dict[str, Any]) -> dict[str, Any]:

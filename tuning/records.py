@@ -17,7 +17,7 @@ from .data import Objective, Plan
 from .models import model_digest
 from .settings import Training
 
-_INPUTS = ("objective", "data_digest", "model_digest", "adapter_digest", "settings")
+INPUTS = ("objective", "data_digest", "model_digest", "adapter_digest", "settings")
 
 
 def run_inputs(
@@ -56,7 +56,7 @@ def begun(out: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     past = read_json(path)
-    differing = [text for key in _INPUTS for text in _differences(key, past.get(key), inputs[key])]
+    differing = [text for key in INPUTS for text in _differences(key, past.get(key), inputs[key])]
     if differing:
         raise HouseError(f"{out} holds a run of other inputs: {'; '.join(differing)}. Choose another folder")
     return past
