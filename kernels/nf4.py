@@ -20,7 +20,7 @@ CODE = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 # bitsandbytes' CUDA thresholds (csrc/kernels.cu): a scaled weight gets code i where exactly i of them are below it.
-# Its CPU code uses midpoints computed in fp32, which differ from these by one ulp here and there.
+# They are the midpoints of CODE, rounded to fp32.
 THRESHOLDS = (
     -0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544, -0.23460740596055984,
     -0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668,
