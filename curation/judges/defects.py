@@ -54,8 +54,8 @@ _ATTACHED = re.compile(
 )
 _SHORT = 400  # characters: a longer prompt has enough besides the picture; `</` shows that the line is a tag
 _INSERTED = re.compile(r"^[<\[]insert\b[^>\]\n]{1,60}[>\]]\s*$", re.IGNORECASE | re.MULTILINE)
-# The prompt ends in a bare address …
-_URL = re.compile(r"(?:\A|\n)[^\n:]{0,24}:?[ \n]*<?(?:https?://|www\.)[^\s<>/]+/[^\s<>]+>?\s*\Z")
+# The prompt ends in the bare address of a page (a site's name alone may say enough) …
+_URL = re.compile(r"(?:\A|\n)[^\n:]{0,24}:?[ \n]*<?(?P<url>(?:https?://|www\.)[^\s<>/]+/[^\s<>]+)>?\s*\Z")
 # … and asks about what lies there, not about the address.
 _CONTENT = re.compile(
     r"\b(?:article|story|web ?site|web ?page|page|blog|post|document|essay|paper|text|passage|content|book"
@@ -141,7 +141,7 @@ def _of_prompt(prompt: str) -> tuple[str, str, str] | None:
         return "missing_content", match[0].strip()[:200], "prompt"
     match = _URL.search(prompt)
     if match:
-        request = prompt[: match.start()]
-        if _CONTENT.search(request) and not _ADDRESS.search(request):
-            return "missing_content", match[0].strip()[:200], "prompt"
+        # the address's own label, "Article link:", tells what it is of, not what is asked
+        if _CONTENT.search(prompt[: match.start("url")]) and not _ADDRESS.search(prompt[: match.start()]):
+            return "missing_content", match["url"][:200], "prompt"
     return None

@@ -149,7 +149,7 @@ def quotas(sizes: np.ndarray, available: np.ndarray, budget: int) -> np.ndarray:
     budget = min(budget, int(available.sum()))
     least = np.minimum(available, 1) if budget >= np.count_nonzero(available) else np.zeros_like(available)
     low, high = 0.0, float(available.sum()) + 1.0  # scale · size reaches any cluster's available rows there
-    for _ in range(200):
+    for _ in range(100):
         middle = (low + high) / 2
         if np.clip(middle * sizes, least, available).sum() < budget:
             low = middle
@@ -169,4 +169,5 @@ def gumbel(names: Sequence[str], seed: int) -> np.ndarray:
     """A standard Gumbel draw for each name, float64, a function of (seed, name) alone: the largest of logit + draw is a
     sample from the softmax of the logits, and the next ones continue it without replacement (arXiv 1903.06059)."""
     bits = np.array([int(digest(str(seed), name)[:13], 16) for name in names], np.float64)  # 52 of 128 bits
-    return -np.log(-np.log((bits + 0.5) / 2.0**52))
+    draws: np.ndarray = -np.log(-np.log((bits + 0.5) / 2.0**52))
+    return draws
