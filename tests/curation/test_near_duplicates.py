@@ -1,0 +1,294 @@
+"""Near duplicates against plain Python: words, shingle sets, Jaccard of every pair, and the rule of survival."""
+
+import json
+import random
+import unicodedata
+from collections.abc import Iterator, Sequence
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gristmill.curation.folder import HouseError
+from gristmill.curation.judges.duplicates import NearDuplicate
+from gristmill.curation.minhash import banding, jaccards, near_pairs, near_pairs_between
+from gristmill.curation.rows import message, table
+from gristmill.curation.shingles import SPACELESS, Shingles, shingle_sets
+from gristmill.curation.text import WORD, View, view, words
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("numba")
+
+Row = dict[str, Any]
+VOCABULARY = [a + b for a in "ba ce di fo gu ha je ki lo mu".split() for b in "n r s t l ck mp st x y".split()]  # noqa: SIM905
+
+
+class Parts:
+    """A corpus of tables in memory."""
+
+    seed, scratch, tools = 0, Path(), None
+
+    def __init__(self, rows: Sequence[Row], parts: int = 1, held: Sequence[Row] = ()) -> None:
+        self.rows = len(rows)
+        size = max(1, -(-len(rows) // parts))
+        self.parts = [table(rows[low : low + size]) for low in range(0, len(rows), size)]
+        self.held = table(held)
+        self.done = 0
+
+    def progress(self, done: int, total: int) -> None:
+        assert self.done <= done <= total
+        self.done = done
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        for part in self.parts:
+            yield part if columns is None else part.select(list(columns))
+
+    def held_out(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        if self.held.num_rows:
+            yield self.held if columns is None else self.held.select(list(columns))
+
+    def values(self, columns: Sequence[str]) -> pa.Table:
+        raise AssertionError("these judges need no measure")
+
+
+def row(position: int, prompt: str | None, answer: str | None, source: str = "a", **more: Any) -> Row:
+    turns = [message("user", prompt), message("assistant", answer)]
+    return {"row_id": f"{source}{position}", "content_id": "c", "source": source, "position": position,
+            "messages": turns} | more  # fmt: skip
+
+
+def said(*texts: str) -> list[Row]:
+    return [row(i, None, text) for i, text in enumerate(texts)]
+
+
+def plain_words(text: str) -> list[str]:
+    """The definition in shingles.py: fold each code point by itself, cut at what is not a letter, digit or _, and split
+    letters of scripts without spaces."""
+    folded = "".join(unicodedata.normalize("NFKC", letter).casefold() for letter in text)
+    spaced = "".join(f" {x} " if any(a <= ord(x) <= b for a, b in SPACELESS) else x for x in folded)
+    found: list[str] = WORD.findall(spaced)
+    return found
+
+
+def plain_set(text: str, ngram: int) -> set[tuple[str, ...]]:
+    said = plain_words(text)
+    if len(said) < ngram:
+        return {tuple(said)} if said else set()
+    return {tuple(said[i : i + ngram]) for i in range(len(said) - ngram + 1)}
+
+
+def plain_jaccard(a: set[Any], b: set[Any]) -> float:
+    return len(a & b) / len(a | b) if a | b else 0.0
+
+
+def edited(text: str, share: float, rng: random.Random) -> str:
+    return " ".join(rng.choice(VOCABULARY) if rng.random() < share else word for word in text.split())
+
+
+def corpus_rows(count: int, seed: int) -> list[Row]:
+    """`count` random rows, then as many edited ones, by a share of 0 to 8 % of their words."""
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choices(VOCABULARY, k=rng.randint(3, 60))) for _ in range(count)]
+    texts += [edited(text, rng.choice([0, 0.02, 0.04, 0.08]), rng) for text in texts]
+    return [row(i, text[: len(text) // 3], text[len(text) // 3 :]) for i, text in enumerate(texts)]
+
+
+def sets_of(rows: Sequence[Row], ngram: int = 5, which: View = "pair", threads: int = 0) -> Shingles:
+    return shingle_sets(table(rows), which, ngram, threads)
+
+
+def verdicts(rows: Sequence[Row], parts: int = 1, **fields: Any) -> list[Row]:
+    found: list[Row] = NearDuplicate(**fields).judge(Parts(rows, parts)).to_pylist()
+    return found
+
+
+def kept(rows: Sequence[Row], **fields: Any) -> list[str]:
+    return [r["row_id"] for r, v in zip(rows, verdicts(rows, **fields), strict=True) if v["keep"]]
+
+
+# ---------------------------------------------------------------- words and shingles
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=8))
+@example(["Straße ﬁn İstanbul", "½ ㈱ ㌖ ﷺ", "中文字 a中b カナ ภาษาไทย", "_x_1 ΣΑΣ Жук"])
+@example(["\U0001f600 𝐀𝐛 𐐀", "x\u0301 \xa0\u2028 ²", "a" * 70, "ⅷ", "𠀀𠀁", "ǆ", "\U000e0041"])
+def test_words_and_sets_are_those_of_plain_python(texts: list[str]) -> None:
+    clean = [text.encode("utf-8", "ignore").decode() for text in texts]
+    for ngram in (1, 3):
+        found = sets_of(said(*clean), ngram)
+        assert found.words.tolist() == [len(plain_words(text)) for text in clean]
+        sets = [set(found.hashes[a:b].tolist()) for a, b in pairwise(found.offsets)]
+        plain = [plain_set(text, ngram) for text in clean]
+        assert [len(x) for x in sets] == [len(x) for x in plain]
+        for (a, b), (c, d) in zip(combinations(sets, 2), combinations(plain, 2), strict=True):
+            assert len(a & b) == len(c & d)
+
+
+@given(st.text(st.characters(max_codepoint=0x24F, exclude_characters="İŉǰ"), max_size=60))
+def test_plain_words_are_the_words_of_text_in_latin_script(text: str) -> None:
+    assert plain_words(text) == words(text)
+
+
+@pytest.mark.parametrize("which", ["pair", "prompt", "response"])
+def test_a_view_is_that_of_text(which: View) -> None:
+    chosen, rejected = [message("assistant", "yes it is")], [message("assistant", "no"), message("user", "why")]
+    many = [message("system", "be kind"), message("user", "a b"), message("assistant", "c"), message("user", "d e"),
+            message("assistant", "f g h"), message("user", "left over")]  # fmt: skip
+    rows = [
+        row(0, "what is it", "a thing"),
+        row(1, "q", None, chosen=chosen, rejected=rejected),
+        row(2, "q", "r", chosen=chosen),
+        row(3, "q", "r", rejected=rejected),
+        row(4, None, None, messages=many),
+        row(5, None, None, messages=None, text="a raw document"),
+        row(6, None, None, messages=many, text="both of them"),
+        row(7, None, None, messages=[]),
+        row(8, None, None, messages=None),
+        row(9, None, None, messages=many[:2]),
+        row(10, None, None, messages=None, chosen=[], rejected=rejected),
+    ]
+    for part in (rows, rows[:1], rows[5:6], rows[8:9]):
+        expected = [len(words(text)) for text in view(table(part), which)]
+        assert sets_of(part, 3, which).words.tolist() == expected
+    whole = pa.concat_tables([table(rows), table(rows)])  # slices that start inside a chunk
+    expected = [len(words(text)) for text in view(whole.slice(3, 13), which)]
+    assert shingle_sets(whole.slice(3, 13), which, 3).words.tolist() == expected
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def test_pairs_are_the_true_ones_and_nearly_all_of_them() -> None:
+    rows = corpus_rows(2000, seed=1)
+    sets = [plain_set(text, 5) for text in view(table(rows), "pair")]
+    i, j, similarity = near_pairs(sets_of(rows), 0.7)
+    found = dict(zip(zip(i.tolist(), j.tolist(), strict=True), similarity.tolist(), strict=True))
+    assert all(a < b and s == plain_jaccard(sets[a], sets[b]) >= 0.7 for (a, b), s in found.items())
+    holders: dict[Any, list[int]] = {}
+    for index, shingles in enumerate(sets):
+        for shingle in shingles:
+            holders.setdefault(shingle, []).append(index)
+    sharing = {pair for group in holders.values() for pair in combinations(group, 2)}
+    near = [pair for pair in sharing if plain_jaccard(sets[pair[0]], sets[pair[1]]) >= 0.75]
+    assert len(near) > 1200
+    assert sum(pair in found for pair in near) >= 0.98 * len(near)
+    short = {(a, b) for a, b in near if len(sets[a]) == 1}
+    assert short and short <= found.keys()
+
+
+def test_pairs_between_two_corpora() -> None:
+    rows = corpus_rows(400, seed=2)
+    left, right = rows[:400], rows[400:] + rows[:3] * 2
+    plain = [[plain_set(text, 5) for text in view(table(part), "pair")] for part in (left, right)]
+    i, j, similarity = near_pairs_between(sets_of(left), sets_of(right), 0.7, *banding(0.7))
+    found = dict(zip(zip(i.tolist(), j.tolist(), strict=True), similarity.tolist(), strict=True))
+    near = {(a, b): plain_jaccard(x, y) for a, x in enumerate(plain[0]) for b, y in enumerate(plain[1]) if x & y}
+    assert all(s == near[pair] >= 0.7 for pair, s in found.items())
+    sure = [pair for pair, s in near.items() if s >= 0.75]
+    assert len(sure) > 200 and sum(pair in found for pair in sure) >= 0.98 * len(sure)
+    assert {(k, 400 + k + 3 * t) for k in range(3) for t in range(2)} <= found.keys()
+    none = sets_of([])
+    assert len(near_pairs_between(none, sets_of(left), 0.7)[0]) == 0
+    assert len(near_pairs_between(sets_of(left), none, 0.7)[0]) == 0
+
+
+def test_a_huge_bucket_costs_no_square_and_stays_one_cluster() -> None:
+    template = " ".join(VOCABULARY[:60])
+    rows = said(*(f"{template} {number}" for number in range(3000)))
+    i, _, similarity = near_pairs(sets_of(rows), 0.7)
+    assert len(i) < 3000 * 16 * 25 and similarity.min() == pytest.approx(56 / 58)
+    assert kept(rows) == ["a0"]
+
+
+def test_bands_for_a_threshold_reach_the_recall() -> None:
+    for threshold in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.99, 1.0):
+        bands, rows = banding(threshold)
+        assert 1 - (1 - threshold**rows) ** bands >= 0.99 - 1e-12
+
+
+def test_jaccards_of_chosen_pairs() -> None:
+    rows = said("a b c d e f", "a b c d e g", "", "x")
+    ones = jaccards(sets_of(rows, 1), np.array([0, 0, 2, 3, 3]), np.array([1, 0, 2, 2, 3]))
+    assert ones.tolist() == [5 / 7, 1.0, 0.0, 0.0, 1.0]
+
+
+# ---------------------------------------------------------------- the judge
+
+
+def test_six_distinct_short_rows_stay_six_and_two_equal_ones_become_one() -> None:
+    short = ["What is AI?", "Name a fruit", "Hi", "Define gravity now", "2 + 2", "This one has more than five words"]
+    assert len(kept(said(*short))) == 6
+    assert kept(said("What is AI?", "what is  ai", "What is")) == ["a0", "a2"]
+
+
+def test_rows_without_words_are_never_duplicates() -> None:
+    assert kept(said("", "", "!?", "!?", "🙂")) == ["a0", "a1", "a2", "a3", "a4"]
+
+
+def test_spaceless_scripts_and_code() -> None:
+    han = "今天天气很好我们一起去公园散步然后回家吃饭看书睡觉明天再去爬山"
+    code = "def area(r):\n    return 3.14 * r ** 2\n\nfor r in range(10):\n    print(area(r))\n" * 2
+    rows = said(han, han[:-1] + "水", han[::-1], code, code.replace("    ", "\t"), code.replace("area", "volume"))
+    found = verdicts(rows)
+    assert [v["keep"] for v in found] == [True, False, True, True, False, True]
+    assert found[1]["score"] == plain_jaccard(plain_set(han, 5), plain_set(han[:-1] + "水", 5)) > 0.9
+    assert found[4]["score"] == 1.0
+
+
+def test_evidence_names_the_survivor_and_the_way_to_it() -> None:
+    w = VOCABULARY[:40]
+    chain = [" ".join(w), " ".join([*w[:-3], *"p q r".split()]), " ".join(["u", "v", "z", *w[3:-3], *"p q r".split()])]  # noqa: SIM905
+    sets = [plain_set(text, 5) for text in chain]
+    near, next_, far = (plain_jaccard(sets[a], sets[b]) for a, b in ((0, 1), (1, 2), (0, 2)))
+    assert far < 0.8 <= min(near, next_)
+    found = verdicts(said(*chain, "something else entirely of six words"), threshold=0.8)
+    assert [v["keep"] for v in found] == [True, False, False, True]
+    assert [v["reason"] for v in found] == [None, "near_duplicate", "near_duplicate", None]
+    assert [v["score"] for v in found] == [None, near, next_, None]
+    assert json.loads(found[1]["evidence"]) == {"duplicate_of": "a0", "similarity": near, "cluster": 0}
+    assert json.loads(found[2]["evidence"]) == {
+        "duplicate_of": "a0", "similarity": far, "cluster": 0, "via": "a1", "via_similarity": next_}  # fmt: skip
+
+
+def test_who_survives() -> None:
+    text = " ".join(VOCABULARY[:50])
+    rows = [row(7, None, text, "b"), row(3, None, text + " more", "b"), row(0, None, text), row(1, None, text)]
+    assert kept(rows) == ["b3"]
+    assert kept(rows[2:] + rows[:2]) == ["a0"]
+    assert kept(rows[2:] + rows[:2], survivor="longest") == ["b3"]
+
+
+def test_order_parts_and_threads_change_nothing() -> None:
+    rows = corpus_rows(300, seed=3)
+    expected = verdicts(rows)
+    assert sum(not v["keep"] for v in expected) > 150
+    assert verdicts(rows, parts=7) == expected
+    shuffled = random.Random(0).sample(rows, len(rows))
+    again = {r["row_id"]: v for r, v in zip(shuffled, verdicts(shuffled), strict=True)}
+    same = {r["row_id"]: v for r, v in zip(rows, expected, strict=True)}
+    assert again == same  # one source: the smallest position survives wherever it lies
+    one, two = (near_pairs(sets_of(rows, threads=t), 0.7, threads=t) for t in (1, 3))
+    assert all(a.tolist() == b.tolist() for a, b in zip(one, two, strict=True))
+
+
+def test_views_and_preferences() -> None:
+    text = " ".join(VOCABULARY[:30])
+    other = " ".join(VOCABULARY[30:60])
+    good, bad = [message("assistant", other)], [message("assistant", "no")]
+    rows = [row(0, text, other), row(1, text, text), row(2, text, None, chosen=good, rejected=bad)]
+    assert kept(rows) == ["a0", "a1"]
+    assert kept(rows, view="prompt") == ["a0"]
+    assert kept(rows, view="response") == ["a0", "a1"]
+
+
+def test_small_corpora_and_wrong_fields() -> None:
+    assert verdicts([]) == []
+    assert kept(said("only one row here")) == ["a0"]
+    for fields in ({"threshold": 0.0}, {"threshold": 1.1}, {"ngram": 0}, {"bands": 0}, {"rows_per_band": 0}):
+        with pytest.raises(HouseError):
+            NearDuplicate(**fields)
