@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def silent(message):
     raise AssertionError(message)
 
 
-def test_the_latest_comes_back_as_it_was_and_older_ones_go(tmp_path):
+def test_the_latest_comes_back_as_it_was_and_older_ones_go(tmp_path: Path) -> None:
     assert find_latest(tmp_path / "none", silent) is None
     for step in (5, 10, 999_999, 1_000_000):
         save_checkpoint(tmp_path, at(step), keep=2)
@@ -33,7 +34,7 @@ def test_the_latest_comes_back_as_it_was_and_older_ones_go(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["marker", "cut", "altered", "values", "missing", "marker text"])
-def test_a_harmed_checkpoint_is_skipped_with_a_message(tmp_path, harm):
+def test_a_harmed_checkpoint_is_skipped_with_a_message(tmp_path: Path, harm: str) -> None:
     save_checkpoint(tmp_path, at(5), keep=2)
     path = save_checkpoint(tmp_path, at(10), keep=2)
     state = path / "state.safetensors"
@@ -58,7 +59,7 @@ def test_a_harmed_checkpoint_is_skipped_with_a_message(tmp_path, harm):
     assert find_latest(tmp_path, said.append) is None
 
 
-def test_a_save_that_fails_leaves_nothing(tmp_path):
+def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, at(5), keep=2)
     with pytest.raises(TypeError):
         save_checkpoint(tmp_path, Checkpoint(10, {}, {"unjsonable": object()}), keep=1)
@@ -80,7 +81,7 @@ def adamw(parameters):
     return torch.optim.AdamW(groups, lr=0.1, fused=True)
 
 
-def test_the_optimizer_continues_bit_for_bit(tmp_path):
+def test_the_optimizer_continues_bit_for_bit(tmp_path: Path) -> None:
     def fresh():
         torch.manual_seed(0)
         return {"b": torch.nn.Parameter(torch.randn(5)), "w": torch.nn.Parameter(torch.randn(4, 3))}

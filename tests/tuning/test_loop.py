@@ -28,7 +28,7 @@ SMALL = Training(
 WEIGHTS = "adapter/adapter_model.safetensors"
 
 
-def talk(draw, most=12):
+def talk(draw, most=18):
     return " ".join(draw.choices(WORDS, k=draw.randint(1, most)))
 
 
@@ -102,7 +102,7 @@ def close(ours, theirs):
         torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-4, atol=2e-6 * max(scale, 1e-3), msg=name)
 
 
-def test_a_step_of_packs_equals_one_batch_of_documents_alone(home):
+def test_a_step_of_packs_equals_one_batch_of_documents_alone(home: Path) -> None:
     settings = replace(SMALL, packs_per_step=5, lora=None)
     stage = stage_of(home, "sft", settings)
     units, plan = stage.plan.units, stage.plan
@@ -121,7 +121,7 @@ def test_a_step_of_packs_equals_one_batch_of_documents_alone(home):
         close(stage.parameters, dict(naive.named_parameters()))
 
 
-def test_a_dpo_step_of_packs_equals_one_batch_of_pairs_alone(home):
+def test_a_dpo_step_of_packs_equals_one_batch_of_pairs_alone(home: Path) -> None:
     settings = replace(SMALL, packs_per_step=6, lora=None, beta=0.2)
     pairs = 24
     reference = -30 * torch.rand(pairs, 2, generator=torch.Generator().manual_seed(0))
@@ -141,7 +141,7 @@ def test_a_dpo_step_of_packs_equals_one_batch_of_pairs_alone(home):
     close(stage.parameters, dict(naive.named_parameters()))
 
 
-def test_weights_of_the_rows_normalise_the_step(home):
+def test_weights_of_the_rows_normalise_the_step(home: Path) -> None:
     """Half the weight on every target changes neither loss nor gradient; on one row it halves that row's share."""
     stage = stage_of(home, "sft", replace(SMALL, lora=None))
     halved = [replace(document, weights=document.weights / 2) for document in stage.plan.units.documents]
@@ -155,7 +155,9 @@ def test_weights_of_the_rows_normalise_the_step(home):
     assert values[0].sum() > 0
 
 
-def test_sft_trains_records_and_answers_a_second_call_at_once(home, tmp_path, monkeypatch):
+def test_sft_trains_records_and_answers_a_second_call_at_once(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events = []
     run = train("sft", home / "sft", home / "model", tmp_path, SMALL, name="first", progress=events.append)
     lines = metrics(tmp_path)
@@ -188,7 +190,7 @@ def test_sft_trains_records_and_answers_a_second_call_at_once(home, tmp_path, mo
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_row_losses_are_those_of_each_row_alone(home, tmp_path, objective):
+def test_row_losses_are_those_of_each_row_alone(home: Path, tmp_path: Path, objective: str) -> None:
     settings = replace(SMALL, learning_rate=0.0, lora=Lora(rank=2, base="fp32"), epochs=1)
     kind = "sft" if objective == "sft" else "preference"
     train(objective, home / kind, home / "model", tmp_path, settings)
@@ -210,7 +212,7 @@ def test_row_losses_are_those_of_each_row_alone(home, tmp_path, objective):
             assert row["loss"] == pytest.approx(math.log(2)) and row["margin"] == 0
 
 
-def test_dpo_begins_at_ln_2_and_continues_an_adapter(home, tmp_path):
+def test_dpo_begins_at_ln_2_and_continues_an_adapter(home: Path, tmp_path: Path) -> None:
     train("sft", home / "sft", home / "model", tmp_path / "sft", SMALL)
     settings = replace(SMALL, lora=replace(SMALL.lora, dropout=0.0), max_steps=8)
     adapter = tmp_path / "sft" / "adapter"
@@ -246,7 +248,7 @@ def killer(event, step):
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_a_run_stopped_at_several_steps_ends_in_the_same_bytes(home, tmp_path, objective):
+def test_a_run_stopped_at_several_steps_ends_in_the_same_bytes(home: Path, tmp_path: Path, objective: str) -> None:
     arguments = (objective, home / ("sft" if objective == "sft" else "preference"), home / "model")
     train(*arguments, tmp_path / "straight", SMALL)
     out = tmp_path / "stopped"
@@ -279,14 +281,14 @@ from gristmill.tuning.loop import train
 from gristmill.tuning.settings import Lora, Training
 torch.set_num_threads(2)
 def kill(event):
-    if event["event"] == "step" and event["step"] == 5:
+    if event["event"] == "step" and event["step"] == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 train("sft", Path(sys.argv[1]) / "sft", Path(sys.argv[1]) / "model", Path(sys.argv[2]), {settings}, progress=kill)
 """
 
 
-def test_a_process_killed_with_sigkill_continues_with_its_own_threads(home, tmp_path):
-    settings = replace(SMALL, threads=0)
+def test_a_process_killed_with_sigkill_continues_with_its_own_threads(home: Path, tmp_path: Path) -> None:
+    settings = replace(SMALL, threads=0, max_steps=6)
     code = KILLED.format(settings=repr(settings))
     done = subprocess.run([sys.executable, "-c", code, home, tmp_path / "killed"], capture_output=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
@@ -307,7 +309,7 @@ def test_a_process_killed_with_sigkill_continues_with_its_own_threads(home, tmp_
     assert adapter_of(tmp_path / "killed") == adapter_of(tmp_path / "straight")
 
 
-def test_a_harmed_checkpoint_is_passed_over(home, tmp_path, caplog):
+def test_a_harmed_checkpoint_is_passed_over(home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     arguments = ("sft", home / "sft", home / "model")
     train(*arguments, tmp_path / "straight", SMALL)
     with pytest.raises(Killed):
@@ -321,7 +323,7 @@ def test_a_harmed_checkpoint_is_passed_over(home, tmp_path, caplog):
     assert adapter_of(tmp_path / "out") == adapter_of(tmp_path / "straight")
 
 
-def test_checkpoints_of_another_run_are_refused(home, tmp_path):
+def test_checkpoints_of_another_run_are_refused(home: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         train("sft", home / "sft", home / "model", tmp_path, SMALL, progress=killer("step", 4))
     (tmp_path / "run.json").unlink()
@@ -329,7 +331,7 @@ def test_checkpoints_of_another_run_are_refused(home, tmp_path):
         train("sft", home / "sft", home / "model", tmp_path, replace(SMALL, seed=1))
 
 
-def test_ctrl_c_says_how_to_go_on(home, tmp_path, caplog):
+def test_ctrl_c_says_how_to_go_on(home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def interrupt(event):
         if event["event"] == "step" and event["step"] == 4:
             raise KeyboardInterrupt
@@ -340,7 +342,7 @@ def test_ctrl_c_says_how_to_go_on(home, tmp_path, caplog):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_all_weights_are_tuned_saved_and_resumed(home, tmp_path):
+def test_all_weights_are_tuned_saved_and_resumed(home: Path, tmp_path: Path) -> None:
     settings = replace(SMALL, lora=None, weight_decay=0.1, learning_rate=3e-3)
     run = train("sft", home / "sft", home / "model", tmp_path / "straight", settings)
     assert run["result"] == "model" and run["loss"] < metrics(tmp_path / "straight")[0]["loss"] - 0.5
@@ -358,7 +360,9 @@ def test_all_weights_are_tuned_saved_and_resumed(home, tmp_path):
     assert len(changed) == len(list(base.parameters()))
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_rows(home, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_and_names_the_rows(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = loop.accumulate
 
     def broken(stage, step):
@@ -376,7 +380,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows(home, tmp_path, monk
     train("sft", home / "sft", home / "model", tmp_path, SMALL)
 
 
-def test_learning_rate_rises_and_falls_to_zero():
+def test_learning_rate_rises_and_falls_to_zero() -> None:
     settings = Training(learning_rate=1.0, warmup=0.2)
     rates = [learning_rate(settings, step, 10) for step in range(10)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
@@ -384,7 +388,7 @@ def test_learning_rate_rises_and_falls_to_zero():
     assert [learning_rate(replace(settings, warmup=w), 0, 1) for w in (0.0, 1.0)] == [1.0, 0.5]
 
 
-def test_refusals_name_what_is_wrong(home, tmp_path):
+def test_refusals_name_what_is_wrong(home: Path, tmp_path: Path) -> None:
     with pytest.raises(HouseError, match=r"dpo trains on data of kind 'preference'.*is of kind 'sft'"):
         train("dpo", home / "sft", home / "model", tmp_path / "a", SMALL)
     with pytest.raises(HouseError, match=r"sft trains on data of kind 'sft'.*is of kind 'preference'"):

@@ -32,7 +32,7 @@ def naive_best_fit(lengths, capacity):
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 97).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c), max_size=80))))
-def test_every_document_is_in_one_pack_and_no_pack_overflows(case):
+def test_every_document_is_in_one_pack_and_no_pack_overflows(case: tuple[int, list[int]]) -> None:
     capacity, lengths = case
     plan = pack_plan(np.asarray(lengths), capacity)
     assert sorted(index for pack in plan for index in pack) == list(range(len(lengths)))
@@ -44,13 +44,13 @@ def test_every_document_is_in_one_pack_and_no_pack_overflows(case):
 
 
 @pytest.mark.parametrize("capacity", [1000, 1024, 1531])
-def test_log_normal_lengths_fill_99_percent(capacity):
+def test_log_normal_lengths_fill_99_percent(capacity: int) -> None:
     lengths = np.clip(np.random.default_rng(0).lognormal(4.8, 0.8, 20_000).astype(int) + 1, 1, capacity)
     plan = pack_plan(lengths, capacity)
     assert lengths.sum() / (len(plan) * capacity) >= 0.99
 
 
-def test_bad_lengths_are_refused():
+def test_bad_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="12"):
         pack_plan(np.asarray([3, 12]), 11)
     with pytest.raises(ValueError, match="from 0"):
@@ -58,7 +58,7 @@ def test_bad_lengths_are_refused():
     assert pack_plan(np.asarray([], int), 11) == []
 
 
-def test_pack_places_documents_end_to_end():
+def test_pack_places_documents_end_to_end() -> None:
     examples = [tokens([5, 6, 7], [1, 0, 1]), tokens([8], [0]), tokens([9, 4], [0.0, 0.5])]
     pack = build_pack(examples, [2, 0], pad_to=8)
     assert pack.tokens.tolist() == [9, 4, 5, 6, 7, 0, 0, 0]
@@ -77,14 +77,14 @@ def test_pack_places_documents_end_to_end():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(1, 1e6), max_size=60), st.integers(1, 9), st.integers(0, 3), st.integers(0, 3))
-def test_steps_hold_every_pack_once(costs, packs_per_step, epoch, seed):
+def test_steps_hold_every_pack_once(costs: list[float], packs_per_step: int, epoch: int, seed: int) -> None:
     steps = step_plan(np.asarray(costs, np.float64), packs_per_step, epoch, seed)
     assert sorted(pack for step in steps for pack in step) == list(range(len(costs)))
     assert all(len(step) == packs_per_step for step in steps[:-1])
     assert steps == step_plan(np.asarray(costs, np.float64), packs_per_step, epoch, seed)
 
 
-def test_steps_differ_by_epoch_and_cost_about_the_same():
+def test_steps_differ_by_epoch_and_cost_about_the_same() -> None:
     lengths = np.clip(np.random.default_rng(1).lognormal(4.8, 1.0, 6000).astype(int) + 1, 1, 1024)
     costs = pack_costs(pack_plan(lengths, 1024), lengths.astype(float) ** 2)
     assert costs.sum() == pytest.approx((lengths.astype(float) ** 2).sum())
@@ -96,7 +96,7 @@ def test_steps_differ_by_epoch_and_cost_about_the_same():
     assert balanced < 0.5 * shuffled
 
 
-def test_digest_names_all_that_the_plan_depends_on():
+def test_digest_names_all_that_the_plan_depends_on() -> None:
     lengths = np.asarray([3, 4])
     base = plan_digest(lengths, 8, "refuse", 0)
     others = [
