@@ -79,8 +79,8 @@ class _Document:
     paragraphs: list[str]
 
 
-# Extension modules begin with the call: "detach() -> file descriptor".
-_SIGNATURE_LINE = re.compile(r"\A[\w.]+\([^\n]*\)(?:[ ]*->[^\n]*)?(?:\n|\Z)")
+# Many begin with the call: "detach() -> file descriptor", "trunc(self): Truncates …".
+_SIGNATURE_LINE = re.compile(r"\A[\w.]+\((?:[^\n]*\)(?:[ ]*->[^\n]*)?(?:\n|\Z)|[^\n()]*\):[ ]+)")
 
 
 def read_document(row: dict[str, Any]) -> _Document | None:

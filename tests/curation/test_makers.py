@@ -87,7 +87,8 @@ def test_forms_that_would_not_fit_are_not_asked() -> None:
     assert found["which"][1] == "This describes `os.sync`."
     assert "docstring" not in forms(document("a.f", "Give back a thing or two.", signature="(x=<object at 0x7f12>)"))
     assert read_document(document("a.f", "f(x) -> y")) is None  # nothing but the call
-    assert forms(document("a.f", "f: gives a thing back")) != {}
+    for said in ("f: gives a thing back", "f(x): gives a thing back", "f(x, y) -> z\n\ngives a thing back"):
+        assert forms(document("a.f", said))["purpose"][1] == "gives a thing back"
     assert all(answer.count("word") <= 200 for _, answer in forms(document("a.f", "word " * 300)).values())
 
 
