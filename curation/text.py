@@ -11,6 +11,7 @@ View = Literal["pair", "prompt", "response"]
 
 WORD = re.compile(r"\w+")
 _SPACE = re.compile(r"\s+")
+_ASCII = bytes(ord(chr(i).lower()) if i < 128 and WORD.match(chr(i)) else 32 for i in range(256))  # folded word or " "
 
 
 def contents(messages: Sequence[Mapping[str, Any]] | None) -> str:
@@ -64,6 +65,8 @@ def normal(text: str) -> str:
 
 def words(text: str) -> list[str]:
     r"""Case-folded runs of \w characters after NFKC."""
+    if text.isascii():  # the same in half the time
+        return text.encode().translate(_ASCII).decode().split()
     return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 

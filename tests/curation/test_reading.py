@@ -274,7 +274,7 @@ def test_own_ids_are_unique(tmp_path: Path) -> None:
 def test_parts_limit_progress_and_leftovers(tmp_path: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "PART_ROWS", 40)
     monkeypatch.setattr(reading, "_BATCH", 7)
-    given = [{"text": f"document {n}"} for n in range(100)]
+    given: list[dict[str, Any]] = [{"text": f"document {n}"} for n in range(100)]
     given[5] = {"text": 5}
     (tmp_path / "a.jsonl").write_bytes(lines(given))
     folder.rows.mkdir(parents=True)

@@ -21,7 +21,7 @@ def short(turns: list[dict[str, Any]] | None) -> list[tuple[str, str | None]] | 
     return None if turns is None else [(turn["role"], turn["content"]) for turn in turns]
 
 
-def said(record: dict[str, Any], shape: str = "auto") -> tuple[str, Any, Any, Any]:
+def said(record: dict[str, Any], shape: str = "auto") -> tuple[Any, ...]:
     """(shape, messages, chosen, rejected) of a record."""
     found = recognise(shape, [record], "s")
     content = found.convert(record)

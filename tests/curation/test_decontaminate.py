@@ -1,0 +1,283 @@
+"""Decontamination against small planted sets, a naive oracle, and the real evaluation sets."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gristmill.curation.folder import HouseError
+from gristmill.curation.judges import decontaminate as room
+from gristmill.curation.judges.decontaminate import Decontaminate, fields_of, original
+from gristmill.curation.reading.source import Source, Unreadable, iter_rows
+from gristmill.curation.rows import ROW, message, table
+from gristmill.curation.steps import VERDICT, CorpusJudge
+from gristmill.curation.text import words
+
+Make = Callable[..., dict[str, Any]]
+
+QUESTION = (
+    "Janet's ducks lay 16 eggs per day. She eats three for breakfast every morning and bakes muffins "
+    "for her friends every day with four. How much does she make at the farmers' market?"
+)
+ANSWER = "Janet sells 16 - 3 - 4 = 9 duck eggs a day. She makes 9 * 2 = 18 dollars every day at the market."
+
+
+@dataclass
+class Given:
+    """A corpus of rows that lie in memory."""
+
+    parts: list[pa.Table]
+    seed: int = 0
+    scratch: Path = Path()
+    tools: Any = None
+    seen: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return sum(part.num_rows for part in self.parts)
+
+    def progress(self, done: int, total: int) -> None:
+        self.seen.append((done, total))
+
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        return (part if columns is None else part.select(columns) for part in self.parts)
+
+    values = held_out = tables  # not asked for
+
+
+def judged(judge: Decontaminate, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = judge.judge(Given([table(rows)]))  # type: ignore[arg-type]
+    assert found.schema == VERDICT and found.num_rows == len(rows)
+    rows_found = found.to_pylist()
+    for row in rows_found:
+        row["evidence"] = row["evidence"] and json.loads(row["evidence"])
+    return list(rows_found)
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Callable[..., str]:
+    def write(*records: dict[str, Any], name: str = "ducks.jsonl") -> str:
+        (tmp_path / name).write_text("\n".join(json.dumps(record) for record in records))
+        return str(tmp_path / name)
+
+    return write
+
+
+Write = Callable[..., str]
+
+
+def test_it_is_a_corpus_judge_and_takes_nothing(evaluation: Write) -> None:
+    judge = Decontaminate((evaluation({"question": QUESTION, "answer": ANSWER}),))
+    assert isinstance(judge, CorpusJudge) and judge.needs == () and judge.limits() == (None, 0.5)
+    assert judge.judge(Given([])).num_rows == 0  # type: ignore[arg-type]
+    assert judge.judge(Given([ROW.empty_table()])).num_rows == 0  # type: ignore[arg-type]
+
+
+def test_planted_items_are_found_and_shown(evaluation: Write, make_row: Make) -> None:
+    path = evaluation(
+        {"question": "What else is there to ask about?", "answer": "9"}, {"question": QUESTION, "answer": ANSWER}
+    )
+    loud = QUESTION.upper().replace(" ", " - ").replace(".", "!?")
+    quoted = f"Please solve:\n\n{QUESTION}\n\nThank you."
+    rows = [
+        make_row("s", 0, QUESTION, "18"),
+        make_row("s", 1, loud, "18"),
+        make_row("s", 2, "Quote the famous puzzle.", quoted),
+        make_row("s", 3, "Tell me of ducks.", "Ducks lay eggs every day."),
+        make_row("s", 4, "Tell me.", ANSWER),
+    ]
+    found = judged(Decontaminate((path,)), rows)
+    assert [row["keep"] for row in found] == [False, False, False, True, False]
+    assert [row["reason"] for row in found] == ["contaminated"] * 3 + [None, "contaminated"]
+    assert [row["score"] for row in found] == [1, 1, 1, 0, 0.5]
+    said = words(QUESTION)
+    for row, matched in zip(found[:3], (QUESTION[:-1], loud, QUESTION[:-1]), strict=True):
+        assert row["evidence"] | {"matched": ""} == {
+            "set": "ducks", "item": 1, "rule": "coverage", "coverage": 1.0, "words": len(said), "matched": "",
+        }  # fmt: skip
+        assert row["evidence"]["matched"] == matched.rstrip("!?")
+    assert found[3]["evidence"] is None
+    assert (found[4]["evidence"]["rule"], found[4]["evidence"]["matched"]) == ("overlap", ANSWER[:-1])
+
+
+def test_half_copied_items_by_threshold(evaluation: Write, make_row: Make) -> None:
+    said = [f"word{n}" for n in range(20)]
+    path = evaluation({"prompt": " ".join(said)})
+    rows = [make_row("s", n, " ".join(["new", *said[:n], "end"]), "so it is") for n in range(21)]
+    shares = [n / 20 if n >= 8 else 0 for n in range(21)]
+    for coverage in (0.0, 0.5, 0.55, 0.9):
+        found = judged(Decontaminate((path,), coverage=coverage, overlap=0), rows)
+        assert [row["score"] for row in found] == pytest.approx(shares)
+        assert [row["keep"] for row in found] == [share <= coverage for share in shares]
+    found = judged(Decontaminate((path,), coverage=1.0), rows)
+    assert [row["keep"] for row in found] == [n < 13 for n in range(21)]
+    assert {row["evidence"]["rule"] for row in found if row["evidence"]} == {"overlap"}
+    scattered = make_row("s", 0, " x ".join(" ".join(said[n : n + 8]) for n in (0, 6, 12)), "so it is")
+    (found_one,) = judged(Decontaminate((path,)), [scattered])  # three runs of 8, overlapping in the item
+    assert found_one["score"] == 1.0 and found_one["evidence"]["words"] == 8
+
+
+def test_items_shorter_than_an_ngram(evaluation: Write, make_row: Make) -> None:
+    path = evaluation({"prompt": "Name the largest moon"}, {"prompt": "Say yes now"}, {"prompt": "  "})
+    rows = [
+        make_row("s", 0, "Name the LARGEST moon!", "Ganymede"),
+        make_row("s", 1, "Name the second largest moon", "Titan"),
+        make_row("s", 2, "Say yes now", "yes"),
+    ]
+    found = judged(Decontaminate((path,)), rows)
+    assert [row["keep"] for row in found] == [False, True, True]
+    assert found[0]["evidence"]["matched"] == "Name the LARGEST moon" and found[0]["evidence"]["words"] == 4
+
+
+def test_every_part_of_a_row_is_looked_at(evaluation: Write, make_row: Make) -> None:
+    judge = Decontaminate((evaluation({"question": QUESTION, "answer": "18"}),))
+    asked, said = [message("user", "Which?")], [message("assistant", QUESTION)]
+    pair = make_row("s", 0, "x", None, messages=asked, chosen=[message("assistant", "none")], rejected=said)
+    document = make_row("s", 1, "x", None, messages=None, text=f"It is known. {QUESTION}")
+    empty = make_row("s", 2, "x", None, messages=None)
+    assert [row["keep"] for row in judged(judge, [pair, document, empty])] == [False, False, True]
+
+
+def test_fields_of_an_item(evaluation: Write) -> None:
+    def of(record: dict[str, Any]) -> list[tuple[int, int]]:
+        (row,) = iter_rows(Source("e", evaluation(record), ""))
+        assert not isinstance(row, Unreadable)
+        return [(kind, len(said)) for kind, said in fields_of(row)]
+
+    twelve, thirteen = " ".join("abcdefghijkl"), " ".join("abcdefghijklm")
+    assert of({"question": twelve, "answer": twelve}) == [(0, 12)]
+    assert of({"question": "a b c", "answer": thirteen}) == [(1, 13)]
+    assert of({"question": twelve, "A": "x", "B": "y", "answer": "A"}) == [(0, 16)]
+    assert of({"question": thirteen, "A": "x", "B": "y", "answer": "A"}) == [(0, 17), (0, 13)]
+    assert of({"text": thirteen}) == [(0, 13)]
+
+
+def naive(item: list[str], row: list[str], n: int) -> tuple[float, int]:
+    """Covered share of the item, and words of the longest run common to both."""
+    size = min(n, len(item))
+    have = {tuple(row[i : i + size]) for i in range(len(row) - size + 1)}
+    covered = np.zeros(len(item), bool)
+    for i in range(len(item) - size + 1):
+        if tuple(item[i : i + size]) in have:
+            covered[i : i + size] = True
+    longest = 0
+    for i in range(len(item)):
+        for j in range(len(row)):
+            k = 0
+            while i + k < len(item) and j + k < len(row) and item[i + k] == row[j + k]:
+                k += 1
+            longest = max(longest, k)
+    return float(covered.mean()), longest
+
+
+@pytest.mark.parametrize("colliding", [False, True], ids=["hashed", "all-hashes-collide"])
+def test_against_a_naive_oracle(
+    colliding: bool, evaluation: Write, make_row: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if colliding:
+        monkeypatch.setattr(room, "_mix", lambda values: np.zeros_like(values))
+    monkeypatch.setattr(room, "_BLOCK", 7)
+    draw = random.Random(1)
+    letters = "abc"
+    items = [[draw.choice(letters) for _ in range(draw.randint(2, 16))] for _ in range(12)]
+    path = evaluation(*({"prompt": " ".join(item)} for item in items))
+    texts = [[draw.choice(letters + "z") for _ in range(draw.randint(1, 40))] for _ in range(60)]
+    rows = [make_row("s", n, " ".join(text), None) for n, text in enumerate(texts)]
+    found = judged(Decontaminate((path,), n=5, coverage=0.6, overlap=7), rows)
+    kept = 0
+    for text, row in zip(texts, found, strict=True):
+        truth = {number: naive(item, text, 5) for number, item in enumerate(items) if len(item) >= 4}
+        assert row["score"] == pytest.approx(max(share for share, _ in truth.values()))
+        bad = {number for number, (share, run) in truth.items() if share > 0.6 or run >= 7}
+        assert row["keep"] == (not bad)
+        kept += row["keep"]
+        if bad:
+            share, run = truth[row["evidence"]["item"]]
+            assert row["evidence"]["coverage"] == pytest.approx(share, abs=1e-4)
+            assert row["evidence"]["words"] == run and f" {row['evidence']['matched']} " in f" {' '.join(text)} "
+            assert share == max(truth[number][0] for number in bad)
+    assert 5 < kept < 55
+
+
+def test_parts_do_not_matter(evaluation: Write, make_row: Make) -> None:
+    judge = Decontaminate((evaluation({"question": QUESTION, "answer": ANSWER}),))
+    rows = [make_row("s", n, QUESTION[n:], ANSWER[: 5 * n]) for n in range(20)]
+    whole = Given([table(rows)])
+    parts = Given([table(rows[:3]), ROW.empty_table(), table(rows[3:])])
+    assert judge.judge(whole).equals(judge.judge(parts))  # type: ignore[arg-type]
+    assert parts.seen[-1] == (20, 20)
+
+
+def test_original_words() -> None:
+    assert original("One, TWO — three.", 1, 2) == "TWO — three"
+    assert original("ﬁne İstanbul x", 1, 3) == "i stanbul x"  # İ folds to i and a combining dot: two words
+
+
+def test_what_is_refused(evaluation: Write, tmp_path: Path) -> None:
+    good = evaluation({"question": QUESTION, "answer": ANSWER})
+    (tmp_path / "half.jsonl").write_text(Path(good).read_text() + '\n{"question": \n')
+    with pytest.raises(HouseError, match=r"half\.jsonl: line 2 .* invalid JSON"):
+        Decontaminate((good, str(tmp_path / "half.jsonl"))).judge(Given([]))  # type: ignore[arg-type]
+    with pytest.raises(HouseError, match="no such file"):
+        Decontaminate((str(tmp_path / "none.jsonl"),)).judge(Given([]))  # type: ignore[arg-type]
+    for bad in ({"n": 3}, {"overlap": 7}, {"coverage": 1.5}):
+        with pytest.raises(HouseError, match="Decontaminate"):
+            Decontaminate((good,), **bad)
+
+
+SCRIPT = """
+import sys
+from gristmill.curation.judges.decontaminate import Decontaminate, read_index
+index = read_index((sys.argv[1],), 8)
+print([grams.hashes.tolist() for grams in index.grams], list(index.vocabulary))
+"""
+
+
+def test_equal_in_every_process(evaluation: Write) -> None:
+    path = evaluation({"question": QUESTION, "answer": ANSWER})
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT, path], env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    assert said[0] == said[1] != ""
+
+
+def real(data: Path, name: str, limit: int | None = None) -> list[dict[str, Any]]:
+    found = list(iter_rows(Source(name, str(data / f"{name}.parquet"), "", limit=limit)))
+    return [row for row in found if not isinstance(row, Unreadable)]
+
+
+def test_real_train_set_against_its_test_set(data: Path) -> None:
+    judge = Decontaminate((str(data / "gsm8k_test.parquet"),))
+    found = judged(judge, real(data, "gsm8k_train"))
+    twins = [row for row in found if row["evidence"] and row["evidence"]["rule"] == "coverage"]
+    assert len(twins) == 3  # the template twins that the data's README names
+    assert sum(not row["keep"] for row in found) < 20
+    assert all(not row["keep"] for row in judged(judge, real(data, "gsm8k_model_solutions", 200)))  # the test questions
+
+
+def test_real_sets_find_themselves_and_spare_others(data: Path) -> None:
+    names = ("humaneval164", "mbpp974", "ifeval541")
+    judge = Decontaminate(tuple(str(data / f"{name}.parquet") for name in names))
+    for name in names:
+        rows = real(data, name, 100)
+        long = [len(words(row["messages"][0]["content"])) >= 4 for row in rows]
+        assert [not row["keep"] for row in judged(judge, rows)] == long
+    dolly = judged(judge, real(data, "dolly_sample2000"))
+    assert 0 < sum(not row["keep"] for row in dolly) < 10
+    war = next(row for row in dolly if row["evidence"] and row["evidence"]["set"] == "ifeval541")
+    assert "World War II or the Second World War" in war["evidence"]["matched"]
+    assert pq.read_metadata(data / "dolly_sample2000.parquet").num_rows == len(dolly)
