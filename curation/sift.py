@@ -114,7 +114,8 @@ def advance(folder: RunFolder, plan: SetPlan, index: int, tools: Tools, progress
             record["seconds"] = round(time.monotonic() - started, 3)
             write_json(work / "step.json", record)
         record = record | {"cached": False}
-    if record["kept"] == 0:
+    begins_later = record["came"] == 0 and any(later.scope == "maker" for later in full_steps(plan)[index + 1 :])
+    if record["kept"] == 0 and not begins_later:  # a set without sources begins with its first maker
         raise HouseError(
             f"step {index} {record['name']} of set {plan.name} left no row: {record['came']} came, dropped for"
             f" {record['reasons']}. See `gristmill funnel {folder.root}`; loosen the thresholds and use a new --out."
