@@ -1,0 +1,155 @@
+"""Generation against transformers' own, sampling against its distribution, and answers independent of their batch."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gristmill.curation.door import ChatAnswer, ChatError, ChatModel, ChatRequest, Sampling
+from gristmill.curation.folder import HouseError
+from gristmill.tuning.generate import TransformersChat, sample
+from gristmill.tuning.models import make_model
+from gristmill.tuning.settings import NewModel
+
+GREEDY = Sampling(temperature=0.0, max_tokens=24, logprobs=True)
+WARM = Sampling(temperature=0.9, top_p=0.9, max_tokens=16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("generate") / "model"
+    turns = [(f"say {number}", f"{number} it is") for number in range(99)]
+    corpus = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in turns]
+    make_model(made, NewModel(params="60K", vocab=300, context=96, tokens=15_000, learning_rate=1e-2), iter(corpus))
+    return made
+
+
+@pytest.fixture(scope="module")
+def chat(folder: Path) -> ChatModel:
+    return TransformersChat(folder, batch=5)
+
+
+def ask(text: str, seed: int = 0, sampling: Sampling = WARM) -> ChatRequest:
+    return ChatRequest((("user", text),), seed, sampling)
+
+
+def answers(chat: ChatModel, requests: list[ChatRequest]) -> list[ChatAnswer]:
+    got = chat.complete(requests)
+    assert all(isinstance(one, ChatAnswer) for one in got)
+    return [one for one in got if isinstance(one, ChatAnswer)]
+
+
+def test_greedy_answers_are_those_of_transformers(folder: Path, chat: ChatModel) -> None:
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    prompts = ["say 4", "say 55 and then say it again", "what?", "say 4 " * 9, "s", "", "say 17"]
+    got = answers(chat, [ask(text, sampling=GREEDY) for text in prompts])
+    assert any(one.finished for one in got)
+    for text, one in zip(prompts, got, strict=True):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        whole = model.generate(**ids, do_sample=False, temperature=None, top_p=None, max_new_tokens=24)[0]
+        new = whole[ids["input_ids"].shape[1] :]
+        assert one.text == tokenizer.decode(new, skip_special_tokens=True)
+        assert (one.prompt_tokens, one.tokens) == (ids["input_ids"].shape[1], len(new))
+        assert one.finished == (new[-1] == tokenizer.eos_token_id)
+        with torch.no_grad():
+            logps = model(whole[None]).logits[0, -len(new) - 1 : -1].log_softmax(-1).gather(1, new[:, None])[:, 0]
+        assert one.logprobs == pytest.approx(logps.tolist(), abs=2e-5)
+
+
+def test_an_answer_does_not_depend_on_its_batch(folder: Path, chat: ChatModel) -> None:
+    requests = [ask(f"say {seed} " * (1 + seed % 4), seed) for seed in range(12)]
+    together = answers(chat, requests)
+    backwards = answers(chat, requests[::-1])[::-1]
+    alone = [answers(TransformersChat(folder, batch=1), [request])[0] for request in requests]
+    assert together == backwards == alone
+    assert len({one.text for one in together}) > 6
+
+
+def test_seeds_alone_tell_answers_apart(chat: ChatModel) -> None:
+    hot = Sampling(temperature=1.5, top_p=1.0, max_tokens=16)
+    got = answers(chat, [ask("say 4", seed, hot) for seed in (1, 1, 2, -3, 2**70)])
+    assert got[0] == got[1]
+    assert len({one.text for one in got}) == 4
+
+
+def test_limits_and_errors_harm_no_other_request(chat: ChatModel) -> None:
+    narrator = ChatRequest((("narrator", "?"),), 0, GREEDY)
+    requests = [
+        ask("say 4", sampling=GREEDY),
+        ask("say 4 " * 60, sampling=GREEDY),
+        narrator,
+        ask("say 4", sampling=Sampling(max_tokens=0)),
+        ask("say 4", sampling=Sampling(temperature=5.0, top_p=1.0, max_tokens=3)),
+    ]
+    fine, long, refused, none, short = chat.complete(requests)
+    assert isinstance(fine, ChatAnswer) and fine.text == answers(chat, requests[:1])[0].text
+    assert isinstance(long, ChatError) and long.kind == "too_long" and "context of 96" in long.detail
+    assert isinstance(refused, ChatError) and refused.kind == "refused" and "unknown role narrator" in refused.detail
+    assert none == ChatAnswer("", fine.prompt_tokens, 0, False)
+    assert isinstance(short, ChatAnswer) and short.tokens <= 3 and short.logprobs is None
+
+
+def test_the_context_ends_an_answer(chat: ChatModel) -> None:
+    endless = Sampling(temperature=50.0, top_p=1.0, max_tokens=10_000)
+    for seed in range(3):
+        (one,) = answers(chat, [ask("say 4", seed, endless)])
+        assert one.finished or one.prompt_tokens + one.tokens == 96
+
+
+def test_progress_and_the_empty_list(chat: ChatModel) -> None:
+    seen: list[tuple[int, int]] = []
+    chat.complete([ask("say 1", seed) for seed in range(7)], lambda *at: seen.append(at))
+    assert seen == [(5, 7), (7, 7)]
+    assert chat.complete([]) == []
+    with pytest.raises(HouseError, match="batch of 0"):
+        TransformersChat(Path("none"), batch=0)
+
+
+def test_the_adapter_speaks(folder: Path, chat: ChatModel, tmp_path: Path) -> None:
+    from gristmill.tuning.lora import add_lora, save_adapter
+    from gristmill.tuning.models import load_model
+    from gristmill.tuning.settings import Lora
+
+    model, settings = load_model(folder), Lora(rank=2, base="nf4")
+    add_lora(model, settings, seed=0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".B"):
+                parameter.normal_(std=0.3)
+    save_adapter(model, tmp_path / "adapter", settings, str(folder))
+    tuned = TransformersChat(folder, tmp_path / "adapter")
+    assert tuned.digest.startswith(chat.digest) and tuned.digest != chat.digest
+    requests = [ask(f"say {n}", sampling=GREEDY) for n in range(3)]
+    assert answers(tuned, requests) != answers(chat, requests)
+
+
+def many(logits: list[float], temperature: float, top_p: float) -> np.ndarray:
+    """Shares of the tokens over evenly spread draws: the distribution itself, but for 1 part in 10,000."""
+    draws = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    full = torch.full_like(draws, temperature), torch.full_like(draws, top_p)
+    tokens = sample(torch.tensor(logits).expand(10_000, -1), *full, draws)
+    return np.bincount(tokens.numpy(), minlength=len(logits)) / 10_000
+
+
+def test_sampling_follows_temperature_and_nucleus() -> None:
+    probs = np.asarray([0.1, 0.5, 0.15, 0.25])
+    logits = np.log(probs).tolist()
+    assert many(logits, 1.0, 1.0) == pytest.approx(probs, abs=2e-4)
+    hot = probs ** (1 / 2) / (probs ** (1 / 2)).sum()
+    assert many(logits, 2.0, 1.0) == pytest.approx(hot, abs=2e-4)
+    assert many(logits, 1.0, 0.7) == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=2e-4)
+    assert many(logits, 1.0, 0.8) == pytest.approx([0, 0.5 / 0.9, 0.15 / 0.9, 0.25 / 0.9], abs=2e-4)
+    assert many(logits, 1.0, 0.0) == pytest.approx([0, 1, 0, 0])
+    assert many(logits, 0.0, 1.0) == pytest.approx([0, 1, 0, 0])
+
+
+def test_rows_of_one_batch_keep_their_own_settings() -> None:
+    logits = torch.log(torch.tensor([[0.1, 0.5, 0.15, 0.25]])).expand(3, -1)
+    settings = torch.tensor([[0.0, 1.0], [1.0, 1.0], [1.0, 0.5]], dtype=torch.float64)
+    tokens = sample(logits, settings[:, 0], settings[:, 1], torch.full((3,), 0.999, dtype=torch.float64))
+    assert tokens.tolist() == [1, 3, 1]
