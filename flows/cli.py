@@ -190,10 +190,10 @@ def schedule(
     """Run a recipe again and again: a served Prefect deployment. Each run is a new release OUT/TIME that measures only
     new rows. Needs PREFECT_API_URL, else starts a Prefect server on 127.0.0.1."""
     from .recipe import load_recipe
-    from .run import prefect_environment
+    from .server import prefect_environment
 
     loaded = load_recipe(recipe, overrides or ())
-    prefect_environment(level="INFO")
+    prefect_environment(PREFECT_LOGGING_LEVEL="INFO", PREFECT_LOGGING_TO_API_ENABLED="true")
     from .schedule import serve
 
     serve(loaded, cron, out or Path(f"{loaded.name}-releases"))

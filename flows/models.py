@@ -14,7 +14,7 @@ from ..curation.folder import HouseError, RunFolder
 from ..curation.ledger import State
 from ..curation.rows import digest as digest_of
 from ..curation.sift import SetPlan, full_steps, held_out_rows, state_before, step_name
-from .progress import Done
+from .progress import Done, interrupts_wait
 from .recipe import Curate, Recipe, plain
 from .stages import nearest
 
@@ -29,6 +29,7 @@ class Workshop:
 
     def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
         self.recipe, self.folder = recipe, folder
+        self.announced: set[str] = set()  # new models that a job of this run makes or finds made
         self.digests: dict[str, str] = {}
         self.loaded: tuple[str, Any] | None = None
 
@@ -69,7 +70,8 @@ class Workshop:
         cached = (home / "config.json").is_file()
         spec = self.recipe.models[self.base(name)].new
         if not cached and spec is not None:
-            from ..tuning.models import make_model
+            with interrupts_wait():
+                from ..tuning.models import make_model
 
             make_model(home, spec, self._texts(name, spec.rows), progress)
         return Done(str(home), cached)
@@ -95,7 +97,8 @@ class Workshop:
 
     def load(self, name: str) -> Any:
         """The loaded model, in evaluation mode."""
-        from ..tuning.models import load_model
+        with interrupts_wait():
+            from ..tuning.models import load_model
 
         home, adapter = self.where(name)
         stage = self.recipe.trained().get(name)
@@ -104,15 +107,18 @@ class Workshop:
     # ---- the protocol Tools
 
     def scorer(self, model: str) -> ResponseScorer:
-        from ..tuning.score import PackedScorer
+        with interrupts_wait():
+            from ..tuning.score import PackedScorer
 
         scorer: ResponseScorer = self._kept(f"scorer {model}", lambda: PackedScorer(*self.where(model)))
         return scorer
 
     def chat(self, model: str) -> ChatModel:
-        from ..tuning.generate import TransformersChat
+        with interrupts_wait():
+            from ..tuning.generate import TransformersChat
 
         chat: ChatModel = self._kept(f"chat {model}", lambda: TransformersChat(*self.where(model)))
+        chat.name = model  # as the recipe calls it, not where it lies
         return chat
 
     def _kept(self, key: str, make: Any) -> Any:
@@ -123,11 +129,12 @@ class Workshop:
 
     def digest(self, model: str) -> str:
         if model not in self.digests:
-            from ..tuning.models import model_digest
+            with interrupts_wait():
+                from ..tuning.models import model_digest
 
             home, adapter = self.where(model)
             base = model_digest(home)
-            self.digests[model] = base if adapter is None else digest_of(base, model_digest(adapter))
+            self.digests[model] = base if adapter is None else f"{base}+{model_digest(adapter)}"
         return self.digests[model]
 
     def curated(self, set_name: str, split: str) -> Iterator[pa.Table]:

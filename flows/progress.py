@@ -1,6 +1,8 @@
 """What people see of a run in the terminal: a bar while a step runs, one line when it is done."""
 
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +68,22 @@ class Terminal(Silent):
         took = "cached" if done.cached else duration(seconds)
         line = f"{'=' if done.cached else '+'} {name:<28} {done.text:<60} {took:>8}"
         self.console.print(line, markup=False, style="dim" if done.cached else None)
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Holds Ctrl-C back until the block ends: inside the import of torch it would abort the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
 
 
 def timed(name: str, show: Silent, do: Any) -> Done:

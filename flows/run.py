@@ -5,7 +5,6 @@ OUT/run.json before Prefect, torch or DuckDB is imported.
 """
 
 import difflib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,8 +18,9 @@ from ..curation.folder import HouseError, RunFolder, read_json, whole_file, writ
 from ..curation.reading.source import read_source
 from ..curation.rows import digest as digest_of
 from .models import Workshop, set_plan
-from .progress import Done, Silent, timed
+from .progress import Done, Silent, interrupts_wait, timed
 from .recipe import Curate, Recipe, Source, Train, check, digest, dump
+from .server import prefect_environment, prefect_server
 from .stages import Evaluate, models_of
 
 Parts = Literal["all", "curate"]
@@ -88,23 +88,10 @@ def run_in_prefect(recipe: Recipe, out: str | Path, **how: Any) -> Result:
         recipe, RunFolder(out, how.get("cache")), how.get("previous")
     )  # what is wrong is said before any server starts
     prefect_environment()
-    from .flow import as_flow
-
-    return as_flow(recipe.name, str(out), lambda each: run(recipe, out, **how, each=each))
-
-
-def prefect_environment(level: str = "CRITICAL") -> None:
-    """Prefect's settings for a quiet run, where the user has set none. Before Prefect's first import."""
-    for name, value in {
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_LOGGING_LEVEL": level,
-        "PREFECT_LOGGING_TO_API_ENABLED": "false" if level == "CRITICAL" else "true",
-        "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # 20 is too few on a busy machine
-        "PREFECT_CLI_PROMPT": "false",
-        "DO_NOT_TRACK": "1",
-    }.items():
-        os.environ.setdefault(name, value)
+    with interrupts_wait():
+        from .flow import as_flow
+    with prefect_server(services=False):
+        return as_flow(recipe.name, str(out), lambda each: run(recipe, out, **how, each=each))
 
 
 # ---- beginning and end
@@ -238,7 +225,8 @@ def _read_job(source: Source, folder: RunFolder) -> Job:
 def shop_jobs(shop: Workshop, names: Iterable[str]) -> Iterator[Job]:
     """A job for each new model among `names` (stages count as their base model)."""
     for name in dict.fromkeys(shop.base(name) for name in names):
-        if shop.recipe.models[name].new is not None:
+        if shop.recipe.models[name].new is not None and name not in shop.announced:
+            shop.announced.add(name)
             yield Job(f"make model {name}", partial(shop.make, name))
 
 
@@ -277,7 +265,8 @@ def step_text(record: dict[str, Any]) -> str:
 
 def _train_job(folder: RunFolder, shop: Workshop, stage: Train) -> Job:
     def do(progress: Progress) -> Done:
-        from .training import train_stage
+        with interrupts_wait():
+            from .training import train_stage
 
         return train_stage(folder, shop, stage, progress)
 
@@ -286,7 +275,8 @@ def _train_job(folder: RunFolder, shop: Workshop, stage: Train) -> Job:
 
 def _evaluate_job(folder: RunFolder, shop: Workshop, stage: Evaluate, index: int) -> Job:
     def do(progress: Progress) -> Done:
-        from .training import evaluate_stage
+        with interrupts_wait():
+            from .training import evaluate_stage
 
         return evaluate_stage(folder, shop, stage, index, progress)
 

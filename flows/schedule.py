@@ -4,16 +4,8 @@ OUT/20250131T020000Z/ is one release; OUT/cache holds the measures and new model
 """
 
 import os
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 from prefect import flow
 from prefect.client.schemas.objects import State
@@ -26,8 +18,7 @@ from .flow import as_task
 from .progress import Done, Silent, duration
 from .recipe import Recipe, dump, load_text
 from .run import run
-
-STARTUP = 180.0  # seconds a Prefect server may take to answer; 10-20 on an idle machine
+from .server import prefect_server
 
 
 class Logged(Silent):
@@ -51,7 +42,9 @@ def release(recipe: str, out: str) -> State[None]:
 def serve(recipe: Recipe, cron: str, out: Path) -> None:
     """Serves the deployment until interrupted. A second run waits until the one before has ended."""
     _check_cron(cron)
-    with _server():
+    with prefect_server(services=True) as url:
+        os.environ["PREFECT_API_URL"] = url  # for the processes of the runs
+        print(f"Prefect's UI: {url.removesuffix('/api')}", flush=True)
         print(f"{recipe.name} runs at {cron!r} (UTC) into {out.resolve()}. Ctrl-C ends the schedule.", flush=True)
         release.serve(
             name=recipe.name,
@@ -72,46 +65,3 @@ def _check_cron(cron: str) -> None:
         raise HouseError(
             f"{cron!r} is no cron expression: five fields, such as '0 2 * * *' for two at night"
         ) from error
-
-
-@contextmanager
-def _server() -> Iterator[None]:
-    """The server that PREFECT_API_URL names, or one on 127.0.0.1 for as long as the schedule is served."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    if PREFECT_API_URL.value():
-        print(f"Prefect: {PREFECT_API_URL.value()}", flush=True)
-        yield
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"PREFECT_UI_API_URL": f"{address}/api", "PREFECT_API_URL": f"{address}/api"}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        _wait(server, f"{address}/api/health")
-        os.environ["PREFECT_API_URL"] = f"{address}/api"  # for the processes of the runs
-        print(f"Prefect's UI: {address}", flush=True)
-        with temporary_settings({PREFECT_API_URL: f"{address}/api"}):
-            yield
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-
-
-def _wait(server: "subprocess.Popen[str]", url: str) -> None:
-    deadline = time.monotonic() + STARTUP
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            said = server.stderr.read().strip().splitlines()[-3:] if server.stderr else []
-            raise HouseError(f"Prefect's server ended while starting: {' '.join(said)}")
-        try:
-            with urlopen(url, timeout=5):
-                return
-        except (URLError, OSError):
-            time.sleep(0.3)
-    raise HouseError(
-        f"Prefect's server did not answer within {STARTUP:.0f} s at {url}; start one and set PREFECT_API_URL"
-    )

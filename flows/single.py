@@ -41,7 +41,7 @@ def train_single(
     def do(progress: Any) -> Done:
         def tell(event: dict[str, Any]) -> None:
             if event["event"] == "step":
-                progress(event["step"], event["steps"])
+                progress(event["step"], event["total"])
 
         done = train(objective, curated, model, home, how, adapter=start, name=objective, progress=tell)
         return Done(f"{done['plan']['steps']} steps -> {home}", data=done)

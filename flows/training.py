@@ -29,7 +29,7 @@ def train_stage(folder: RunFolder, shop: Workshop, stage: Train, progress: Progr
 
     def show(event: Row) -> None:
         if event["event"] == "step":
-            progress(event["step"], event["steps"])
+            progress(event["step"], event["total"])
 
     run = train(
         stage.objective,

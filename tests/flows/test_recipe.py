@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from gristmill.curation.folder import HouseError
 from gristmill.curation.judges.length import ResponseLength
 from gristmill.flows.recipe import (
