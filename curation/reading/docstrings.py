@@ -6,6 +6,7 @@
 import ast
 import hashlib
 import inspect
+import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -27,20 +28,21 @@ def module_files(address: str) -> list[tuple[str, Path]]:
     if which not in ("stdlib", "all"):
         raise HouseError(f"{address}: say docstrings:stdlib or docstrings:all")
     library = Path(sysconfig.get_path("stdlib"))
-    files = list(_modules(library, NOT_LIBRARY | {"test"}))
+    files = _modules(library, NOT_LIBRARY | {"test"})
     if which == "all":
         packages = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
         files += [file for folder in sorted(packages) for file in _modules(folder, {"__pycache__"})]
     return files
 
 
-def _modules(folder: Path, skipped: set[str]) -> Iterator[tuple[str, Path]]:
+def _modules(library: Path, skipped: set[str]) -> list[tuple[str, Path]]:
     found = []
-    for path in folder.rglob("*.py"):
-        pieces = path.relative_to(folder).parts
-        if not skipped.intersection(pieces[:-1] if len(pieces) > 1 else ()):
-            found.append(("/".join(pieces), path))
-    return iter(sorted(found))
+    for folder, below, names in os.walk(library):
+        below[:] = [name for name in below if name not in skipped]
+        inner = os.path.relpath(folder, library).replace(os.sep, "/")
+        prefix = "" if inner == "." else f"{inner}/"
+        found += [(prefix + name, Path(folder, name)) for name in names if name.endswith(".py")]
+    return sorted(found)
 
 
 def modules_digest(files: list[tuple[str, Path]]) -> str:

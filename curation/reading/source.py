@@ -110,7 +110,7 @@ def iter_rows(source: Source) -> Iterator[Row | Unreadable]:
 
 
 def _same(record: dict[str, Any], wanted: dict[str, Any], digest: str, folder: RunFolder) -> dict[str, Any]:
-    before = record["source"] | {"digest": record["files_digest"]}
+    before = record.get("source", {}) | {"digest": record.get("files_digest")}
     for key, value in (wanted | {"digest": digest}).items():
         if before.get(key) != value:
             raise HouseError(
