@@ -237,7 +237,7 @@ def why(folder: RunFolder, row_id: str) -> Life:
 def life(con: Any, folder: RunFolder, row_id: str) -> Life:
     """`why` on a connection that stands (views.connect)."""
     full = _find(con, row_id)
-    row = _records(con, "SELECT * FROM rows WHERE row_id = ? LIMIT 1", [full])[0]
+    row = records(con, "SELECT * FROM rows WHERE row_id = ? LIMIT 1", [full])[0]
     named = {source["name"]: source for source in sources(folder)}
     return Life(
         row=row,
@@ -249,7 +249,7 @@ def life(con: Any, folder: RunFolder, row_id: str) -> Life:
             con.execute('SELECT "set", split, file FROM curated WHERE row_id = ? ORDER BY ALL', [full]).fetchall()
         ),
         trained=_trained(con, full),
-        faults=tuple(_records(con, "SELECT step, error, raw FROM quarantine WHERE row_id = ? ORDER BY ALL", [full])),
+        faults=tuple(records(con, "SELECT step, error, raw FROM quarantine WHERE row_id = ? ORDER BY ALL", [full])),
     )
 
 
@@ -270,28 +270,40 @@ def _find(con: Any, row_id: str) -> str:
 def _verdicts(con: Any, folder: RunFolder, row: Mapping[str, Any]) -> tuple[Verdict, ...]:
     known = {(step["set"], step["step"]): step for step in steps(folder)}
     order = {key: place for place, key in enumerate(known)}
-    judged = _records(con, "SELECT * FROM judged WHERE row_id = ?", [row["row_id"]])
+    judged = records(con, "SELECT * FROM judged WHERE row_id = ?", [row["row_id"]])
     measured = con.execute('SELECT "set", step, score FROM scores WHERE content_id = ?', [row["content_id"]]).fetchall()
     scores = {(name, step): score for name, step, score in measured}
     found = []
     for one in sorted(judged, key=lambda one: order[one["set"], one["step"]]):
         key = (one["set"], one["step"])
-        step = known[key]
-        evidence = json.loads(one["evidence"] or "{}")
-        score = scores.get(key) if one["score"] is None else one["score"]
-        found.append(
-            Verdict(
-                *(one["set"], one["step"], step["name"], one["judge"], one["keep"], one["reason"], score),
-                *(step["score"], tuple(step["limits"]), evidence, _texts(con, evidence)),
-            )
-        )
+        if one["score"] is None:
+            one["score"] = scores.get(key)
+        found.append(verdict_of(con, known[key], one))
     return tuple(found)
+
+
+def verdict_of(con: Any, step: Mapping[str, Any], one: Mapping[str, Any]) -> Verdict:
+    """One record of the view `verdicts` with what its step (step.json) and the rows it names add to it."""
+    evidence = json.loads(one["evidence"] or "{}")
+    return Verdict(
+        set=one["set"],
+        step=one["step"],
+        name=step["name"],
+        judge=one["judge"],
+        keep=one["keep"],
+        reason=one["reason"],
+        score=one["score"],
+        measure=step["score"],
+        limits=(step["limits"][0], step["limits"][1]),
+        evidence=evidence,
+        texts=_texts(con, evidence),
+    )
 
 
 def _texts(con: Any, evidence: Mapping[str, Any]) -> dict[str, str]:
     """Texts of the rows that evidence names."""
     ids = [value for value in evidence.values() if isinstance(value, str) and ROW_ID.fullmatch(value)]
-    return {row["row_id"]: gist(row) for row in _rows(con, ids)}
+    return {row["row_id"]: gist(row) for row in rows_of(con, ids)}
 
 
 def _ancestors(con: Any, row: Mapping[str, Any]) -> tuple[Relative, ...]:
@@ -299,7 +311,7 @@ def _ancestors(con: Any, row: Mapping[str, Any]) -> tuple[Relative, ...]:
     found: list[Relative] = []
     seen, wanted, depth = {row["row_id"]}, list(row["parents"] or ()), 1
     while wanted and len(found) < MOST_RELATIVES:
-        rows = _rows(con, [one for one in dict.fromkeys(wanted) if one not in seen][:MOST_RELATIVES])
+        rows = rows_of(con, [one for one in dict.fromkeys(wanted) if one not in seen][:MOST_RELATIVES])
         found += [_relative(one, depth) for one in rows]
         seen |= {one["row_id"] for one in rows}
         wanted = [parent for one in rows for parent in one["parents"] or ()]
@@ -309,7 +321,7 @@ def _ancestors(con: Any, row: Mapping[str, Any]) -> tuple[Relative, ...]:
 
 def _children(con: Any, row_id: str) -> tuple[Relative, ...]:
     sql = "SELECT * FROM rows WHERE maker IS NOT NULL AND list_contains(parents, ?) ORDER BY row_id LIMIT ?"
-    return tuple(_relative(row, 1) for row in _records(con, sql, [row_id, MOST_RELATIVES]))
+    return tuple(_relative(row, 1) for row in records(con, sql, [row_id, MOST_RELATIVES]))
 
 
 def _relative(row: Mapping[str, Any], depth: int) -> Relative:
@@ -317,24 +329,23 @@ def _relative(row: Mapping[str, Any], depth: int) -> Relative:
 
 
 def _trained(con: Any, row_id: str) -> tuple[Json, ...]:
-    losses = {one["stage"]: one for one in _records(con, "SELECT * FROM row_losses WHERE row_id = ?", [row_id])}
+    losses = {one["stage"]: one for one in records(con, "SELECT * FROM row_losses WHERE row_id = ?", [row_id])}
     sql = "SELECT stage, list(DISTINCT step ORDER BY step) AS steps FROM trained WHERE row_id = ? GROUP BY stage"
-    found = [one | {"losses": losses.get(one["stage"], {})} for one in _records(con, sql, [row_id])]
-    found += _records(con, "SELECT stage, reason AS excluded FROM excluded WHERE row_id = ?", [row_id])
+    found = [one | {"losses": losses.get(one["stage"], {})} for one in records(con, sql, [row_id])]
+    found += records(con, "SELECT stage, reason AS excluded FROM excluded WHERE row_id = ?", [row_id])
     return tuple(sorted(found, key=lambda one: str(one["stage"])))
 
 
-def _rows(con: Any, ids: Sequence[str]) -> list[Json]:
+def rows_of(con: Any, ids: Sequence[str]) -> list[Json]:
     """The rows of these ids, in their order; ids that no row has are passed over."""
     if not ids:
         return []
-    found = {
-        row["row_id"]: row for row in _records(con, "SELECT * FROM rows WHERE row_id IN (SELECT unnest(?))", [ids])
-    }
+    found = {row["row_id"]: row for row in records(con, "SELECT * FROM rows WHERE row_id IN (SELECT unnest(?))", [ids])}
     return [found[one] for one in ids if one in found]
 
 
-def _records(con: Any, sql: str, values: Sequence[Any]) -> list[Json]:
+def records(con: Any, sql: str, values: Sequence[Any] = ()) -> list[Json]:
+    """The answer to `sql` as one dict a row."""
     answer = con.execute(sql, list(values))
     names = [column[0] for column in answer.description]
     return [dict(zip(names, row, strict=True)) for row in answer.fetchall()]
@@ -342,7 +353,7 @@ def _records(con: Any, sql: str, values: Sequence[Any]) -> list[Json]:
 
 def gist(row: Mapping[str, Any], most: int = 160) -> str:
     """Prompt and response on one line, cut to `most` characters."""
-    said = " -> ".join(piece for piece in (prompt_of(row), response_of(row)) if piece)
+    said = " → ".join(piece for piece in (prompt_of(row), response_of(row)) if piece)
     return cut(" ".join(plain(said).split()), most)
 
 

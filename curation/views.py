@@ -327,12 +327,18 @@ def _union(con: Any, name: str, selects: Sequence[str], columns: Mapping[str, st
 def _table(con: Any, name: str, records: Iterable[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> None:
     columns = columns or COLUMNS[name]
     con.execute(f"CREATE TABLE {name} ({', '.join(f'{_name(n)} {kind}' for n, kind in columns.items())})")
-    marks = ", ".join("?" * len(columns))
-    for record in records:
-        con.execute(f"INSERT INTO {name} VALUES ({marks})", [record.get(column) for column in columns])
+    values = [record.get(column) for record in records for column in columns]
+    if values:
+        marks = f"({', '.join('?' * len(columns))})"
+        con.execute(f"INSERT INTO {name} VALUES {', '.join([marks] * (len(values) // len(columns)))}", values)
 
 
 def _read(files: Sequence[Path]) -> str:
+    for file in files:
+        if not file.is_file():
+            raise HouseError(
+                f"{file} is missing, though the run's records name it: restore it, or run into a new folder"
+            )
     return f"read_parquet([{', '.join(_text(os.path.abspath(file)) for file in files)}])"
 
 

@@ -163,6 +163,13 @@ def test_errors_carry_duckdbs_words_and_the_views(fake: Any) -> None:
         views.query(fake.folder, "selekt 1")
 
 
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    fake = write_run(tmp_path)
+    (fake.folder.rows / "made-sft-04-00000.parquet").unlink()
+    with pytest.raises(HouseError, match=r"made-sft-04-00000\.parquet is missing"):
+        views.query(fake.folder, "select 1")
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(HouseError, match="is no folder"):
         views.query(RunFolder(tmp_path / "none"), "select 1")
