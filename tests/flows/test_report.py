@@ -140,7 +140,6 @@ def test_equal_folders_give_equal_bytes(fake: Any, tmp_path: Path) -> None:
         "curated",
         "measures",
         "ledger",
-        "rows",
         "evaluation.json",
         "sft/metrics.jsonl",
         "recipe.yaml",
