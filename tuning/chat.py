@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -69,9 +68,11 @@ class Template:
                 add_generation_prompt=prompt,
                 **self._tokens,
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            text = str(texts[0][0])
+            text.encode()  # a lone surrogate would fail the whole batch in the tokenizer
+        except Exception as error:  # a template is foreign code
             raise HouseError(f"the chat template refuses this conversation: {error}") from error
-        return str(texts[0][0])
+        return text
 
     def turn(self, messages: Sequence[Message], index: int, tools: list[Any] | None) -> tuple[str, int, int]:
         """The text up to and with assistant turn `index`, and where that turn starts and ends in it (characters, the

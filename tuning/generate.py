@@ -67,9 +67,11 @@ class TransformersChat:
     def complete(
         self, requests: Sequence[ChatRequest], progress: Progress | None = None
     ) -> list[ChatAnswer | ChatError]:
-        """One answer or error per request, in order. Errors: `too_long` (the prompt fills the model's context),
-        `refused` (by the chat template). A limit beyond the context's end is cut to it. `tokens` and `logprobs` count
-        the end-of-turn token; log-probabilities are the model's own, before temperature and nucleus."""
+        """One answer or error per request, in order.
+
+        Errors: `too_long` (the prompt fills the model's context), `refused` (by the chat template, in its words). A
+        limit beyond the context's end is cut to it. `tokens` and `logprobs` count the end-of-turn token;
+        log-probabilities are the model's own, before temperature and nucleus."""
         results: list[ChatAnswer | ChatError | None] = [None] * len(requests)
         conversations = ([{"role": role, "content": text} for role, text in r.messages] for r in requests)
         waiting = []
@@ -95,6 +97,8 @@ class TransformersChat:
     def _admit(self, place: int, request: ChatRequest, ids: Any) -> _Live | ChatAnswer | ChatError:
         if isinstance(ids, HouseError):
             return ChatError("refused", str(ids))
+        if not len(ids):
+            return ChatError("refused", "the chat template renders this conversation as nothing")
         sampling, room = request.sampling, request.sampling.max_tokens
         if self._context is not None:
             room = min(room, self._context - len(ids))

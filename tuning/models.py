@@ -311,7 +311,8 @@ def _pretrain(
     model.train()
     examples = [Tokens(ids, np.ones(len(ids), np.float32)) for ids in documents]
     plan = _steps(np.asarray([len(ids) for ids in documents], np.int64), spec)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    rate = spec.learning_rate
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     losses, seen = [], 0
     for step, chosen in enumerate(plan):
         pack = build_pack(examples, chosen)
@@ -320,7 +321,7 @@ def _pretrain(
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = spec.learning_rate * _schedule(step, len(plan))
+            group["lr"] = rate * _schedule(step, len(plan))
         optimizer.step()
         losses.append(float(loss.detach()))
         seen += pack.size

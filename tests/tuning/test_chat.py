@@ -3,6 +3,8 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -18,6 +20,7 @@ from gristmill.tuning.chat import (
     tokenise_rows,
     tokenise_texts,
 )
+from gristmill.tuning.models import train_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -70,6 +73,9 @@ def trained(kind: PreTrainedTokenizerFast, tokens: Tokens) -> list[str]:
     return [kind.decode(tokens.ids[a:b].tolist()) for a, b in edges.reshape(-1, 2)]
 
 
+MERGED = train_tokenizer(["a aab öß a.\n\nabc cab\n 🎉🎉 ab ab"] * 3, 400, 64)
+
+
 def turn(role: str, content: str, **more: str) -> dict[str, str]:
     return {"role": role, "content": content, **more}
 
@@ -111,6 +117,42 @@ def test_ids_are_those_of_the_template_and_bos_stands_once(name: str) -> None:
     ids = tokenise_messages(kind, messages)[-1].ids.tolist()
     assert ids == kind.apply_chat_template(messages[: last + 1], tokenize=True, return_dict=False)
     assert ids.count(kind.bos_token_id) == (1 if template is LLAMA3 else 0)
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """Pieces as Llama 2 and Mistral have them: a marker for the space before a word, bytes for unknown characters."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁yes", "[", "]", "/"]
+    pieces += [*"INSThiyes", "▁[", "▁hi"]
+    inner = Tokenizer(models.Unigram([(piece, -1.0) for piece in dict.fromkeys(pieces)], unk_id=0, byte_fallback=True))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    return made
+
+
+def test_sentencepiece_offsets() -> None:
+    kind = sentencepiece()
+    messages = [turn("user", "hi ü"), turn("assistant", "yes 🎉 ü"), turn("user", "hi"), turn("assistant", "yes")]
+    (tokens,) = tokenise_messages(kind, messages)
+    assert [run.strip() for run in trained(kind, tokens)] == ["yes 🎉 ü</s>", "yes</s>"]
+    assert tokens.ids.tolist().count(kind.bos_token_id) == 1
+
+
+LETTERS = st.text(st.sampled_from("abc öß\n.🎉"), max_size=12).map(lambda text: "a" + text)
+
+
+@given(st.lists(st.tuples(LETTERS, LETTERS), min_size=1, max_size=4))
+def test_any_conversation_trains_what_was_said_and_its_ends(exchanges: list[tuple[str, str]]) -> None:
+    messages = [turn(role, text) for pair in exchanges for role, text in zip(("user", "assistant"), pair, strict=True)]
+    (tokens,) = tokenise_messages(MERGED, messages)
+    assert trained(MERGED, tokens) == [answer + "<|im_end|>" for _, answer in exchanges]
 
 
 def test_last_turn_alone_and_a_pad_that_is_the_eos() -> None:

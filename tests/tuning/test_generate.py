@@ -85,10 +85,12 @@ def test_limits_and_errors_harm_no_other_request(chat: ChatModel) -> None:
         ask("say 4", sampling=Sampling(max_tokens=0)),
         ask("say 4", sampling=Sampling(temperature=5.0, top_p=1.0, max_tokens=3)),
     ]
-    fine, long, refused, none, short = chat.complete(requests)
+    requests.append(ask("\ud800"))
+    fine, long, refused, none, short, torn = chat.complete(requests)
     assert isinstance(fine, ChatAnswer) and fine.text == answers(chat, requests[:1])[0].text
     assert isinstance(long, ChatError) and long.kind == "too_long" and "context of 96" in long.detail
     assert isinstance(refused, ChatError) and refused.kind == "refused" and "unknown role narrator" in refused.detail
+    assert isinstance(torn, ChatError) and torn.kind == "refused" and "surrogates" in torn.detail
     assert none == ChatAnswer("", fine.prompt_tokens, 0, False)
     assert isinstance(short, ChatAnswer) and short.tokens <= 3 and short.logprobs is None
 
