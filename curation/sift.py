@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -71,7 +72,8 @@ def full_steps(plan: SetPlan) -> tuple[AnyStep, ...]:
     the makers that lead), and NearHeldOut again after later makers, unless the recipe lists them; Overrides last."""
     named = {type(step) for step in plan.steps}
     lead = len(list(takewhile(lambda step: step.scope == "maker", plan.steps)))
-    gates = [Trainable(plan.kind), *([NearHeldOut()] if plan.held_out > 0 else [])]
+    gates: list[AnyStep] = [Trainable(plan.kind)]
+    gates += [NearHeldOut()] if plan.held_out > 0 else []
     steps: list[AnyStep] = [HeldOut(plan.held_out, plan.kind), *plan.steps[:lead]]
     steps += [gate for gate in gates if type(gate) not in named]
     rest = plan.steps[lead:]
@@ -110,7 +112,10 @@ def advance(folder: RunFolder, plan: SetPlan, index: int, tools: Tools, progress
         started = time.monotonic()
         shutil.rmtree(home, ignore_errors=True)
         with whole_folder(home) as work:
-            record = _do(folder, plan, index, step, before, work, tools, progress)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always", UserWarning)
+                record = _do(folder, plan, index, step, before, work, tools, progress)
+            record["notes"] = [str(note.message) for note in said if note.category is UserWarning]
             record["seconds"] = round(time.monotonic() - started, 3)
             write_json(work / "step.json", record)
         record = record | {"cached": False}

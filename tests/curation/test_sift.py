@@ -12,6 +12,7 @@ import pytest
 
 from gristmill.curation import sift
 from gristmill.curation.folder import HouseError, RunFolder, write_parquet
+from gristmill.curation.judges.kmeans_quality import KMeansQuality
 from gristmill.curation.ledger import State, ledger_digest, records
 from gristmill.curation.overrides import OVERRIDES
 from gristmill.curation.rows import made_row, message, table
@@ -189,6 +190,12 @@ def test_corpus_judges_keep_their_evidence(folder: RunFolder, write_source: Writ
     found = stored(folder, "02-EveryOther")
     assert [found[i]["keep"] for i in ids] == [True, False, True]
     assert json.loads(found[ids[2]]["evidence"]) == {"rank": 2}
+
+
+def test_what_a_step_warns_of_is_in_its_record(folder: RunFolder, write_source: Write, make_row: Make) -> None:
+    write_source("a", rows_of(make_row, ["one", "two", "three"]))
+    found = run(folder, plan_of(KMeansQuality(budget=9, k=2)))
+    assert found[2]["kept"] == 3 and found[2]["notes"] == ["KMeansQuality: budget 9 of 3 rows: all kept"]
 
 
 def test_makers_add_rows_and_consume_their_parents(folder: RunFolder, write_source: Write, make_row: Make) -> None:
