@@ -11,15 +11,21 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..curation.door import Progress
+from ..kernels.logprob import CHUNK_LOGITS, target_logprobs
+from .attention import head, hidden_states
 from .chat import Tokens, tokenise_responses
-from .forward import context_of, pack_logps
+from .forward import context_of
 from .models import load_model, load_tokenizer, model_digest
-from .packing import build_pack, pack_plan, target_tokens
+from .packing import Pack, build_pack, pack_plan, target_tokens
 
 CAPACITY = 4096  # tokens of one pack; a longer response has a pack of its own, of the next power of two
 BATCH_ROWS = 10_000  # rows tokenised and packed together
+
+TILE = 64  # rows: a matrix product's last, uneven rows go through other instructions, and round otherwise
 
 SCORES = pa.schema(
     [
@@ -34,8 +40,7 @@ SCORES = pa.schema(
 class PackedScorer:
     """ResponseScorer by packed scoring with a local model.
 
-    A row's scores do not depend on the rows beside it: in fp32 on a CPU they are equal to the last bit (tested), in
-    bf16 as far as the kernels' row order goes.
+    A row's scores do not depend on the rows beside it: in fp32 on a CPU they are equal to the last bit (tested).
     """
 
     def __init__(
@@ -83,8 +88,19 @@ class PackedScorer:
     def _pack(self, examples: Sequence[Tokens], capacity: int) -> list[tuple[int, float, float, float]]:
         pack = build_pack(examples, range(len(examples)), pad_to=capacity)
         with torch.inference_mode():
-            logps, _, owners = pack_logps(self._model, pack)
-        return _by_document(logps.double().cpu().numpy(), owners.cpu().numpy())
+            logps = _logps(self._model, pack)
+        return _by_document(logps.double().cpu().numpy(), pack.owners[pack.targets])
+
+
+def _logps(model: PreTrainedModel, pack: Pack) -> Tensor:
+    """(N,) log-probabilities of the pack's N targets, projected in blocks of whole TILEs."""
+    matrix = head(model)
+    tokens = torch.from_numpy(pack.tokens).to(matrix.device)
+    hidden = hidden_states(model, tokens, torch.from_numpy(pack.positions).to(matrix.device), pack.lengths.tolist())
+    targets = pack.targets
+    tiled = torch.from_numpy(np.pad(targets, (0, -len(targets) % TILE), mode="edge")).to(matrix.device)
+    chunk = max(1, CHUNK_LOGITS.get(matrix.device.type, 2**24) // (matrix.shape[0] * TILE)) * TILE
+    return target_logprobs(hidden[tiled - 1], matrix, tokens[tiled], chunk_tokens=chunk)[: len(targets)]
 
 
 def _plan(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
