@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}  # of fp32: 16 MB stays near the cache, 512 MB keeps a GPU busy
+CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}  # in fp32: 32 MB, 512 MB; smaller ones slow the products down
 
 
 def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
@@ -20,11 +20,32 @@ def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk, tokens))
 
 
-def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
-    """fp32 (fp64 of fp64 input) logits of a chunk."""
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logits = (hidden @ head.t()).to(wide)
-    return logits if bias is None else logits.add_(bias)
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Logits:
+    """Makes the logits of one chunk after another in the same buffers."""
+
+    def __init__(self, hidden: Tensor, head: Tensor, bias: Tensor | None, chunk: int) -> None:
+        self.hidden, self.head, self.bias = hidden, head, bias
+        size = (min(chunk, hidden.shape[0]), head.shape[0])
+        self.narrow = torch.empty(size, dtype=hidden.dtype, device=hidden.device)
+        wide = _wide(hidden.dtype)
+        self.wide = self.narrow if wide == hidden.dtype else torch.empty(size, dtype=wide, device=hidden.device)
+
+    def of(self, part: slice) -> Tensor:
+        """fp32 (or fp64) logits of these tokens, free to be overwritten."""
+        count = part.stop - part.start
+        torch.mm(self.hidden[part], self.head.t(), out=self.narrow[:count])
+        logits = self.wide[:count]
+        if self.wide is not self.narrow:
+            logits.copy_(self.narrow[:count])
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """`values` in the head's dtype."""
+        return values if self.wide is self.narrow else self.narrow[: values.shape[0]].copy_(values)
 
 
 class _TargetLogprobs(torch.autograd.Function):
@@ -33,47 +54,50 @@ class _TargetLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, bias: Tensor | None, chunk: int, learn: bool
     ) -> Tensor:
         ctx.trains_head = learn and (head.requires_grad or (bias is not None and bias.requires_grad))
-        ahead = learn and hidden.requires_grad and not ctx.trains_head
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        values = torch.empty(len(targets), dtype=wide, device=hidden.device)
-        sums = torch.empty_like(values)
-        gradient = torch.empty_like(hidden) if ahead else None
+        values = torch.empty(targets.shape, dtype=_wide(hidden.dtype), device=hidden.device)
+        totals = torch.empty_like(values)  # log of the sum of exponentials
+        gradient = torch.empty_like(hidden) if learn and hidden.requires_grad and not ctx.trains_head else None
+        chunks = _Logits(hidden, head, bias, chunk)
         for part in _chunks(len(targets), chunk):
-            logits = _logits(hidden[part], head, bias)
-            picked = logits.gather(1, targets[part, None])
-            total = torch.logsumexp(logits, dim=1, keepdim=True)
-            values[part], sums[part] = (picked - total)[:, 0], total[:, 0]
+            logits, places = chunks.of(part), targets[part, None]
+            picked = logits.gather(1, places)
+            highest = logits.amax(dim=1, keepdim=True)
+            share = logits.sub_(highest).exp_()
+            mass = share.sum(dim=1, keepdim=True)
+            total = highest + mass.log()
+            values[part], totals[part] = (picked - total)[:, 0], total[:, 0]
             if gradient is not None:
-                chance = logits.sub_(total).exp_().to(head.dtype)
-                torch.sub(head[targets[part]], chance @ head, out=gradient[part])
-        ctx.save_for_backward(hidden, head, targets, bias, sums, gradient)
+                mean = (chunks.rounded(share) @ head).to(mass.dtype).div_(mass)  # dividing V columns would cost more
+                gradient[part] = head[targets[part]] - mean
+        ctx.save_for_backward(hidden, head, targets, bias, totals, gradient)
         ctx.chunk = chunk
         return values
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, targets, bias, sums, gradient = ctx.saved_tensors
+        hidden, head, targets, bias, totals, gradient = ctx.saved_tensors
         if not ctx.trains_head:
             return (grads[0][:, None] * gradient).to(hidden.dtype), None, None, None, None, None
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        dhead = torch.zeros_like(head, dtype=sums.dtype) if ctx.needs_input_grad[1] else None
-        dbias = torch.zeros_like(bias, dtype=sums.dtype) if ctx.needs_input_grad[3] else None
+        dhead = torch.zeros_like(head, dtype=totals.dtype) if ctx.needs_input_grad[1] else None
+        dbias = torch.zeros_like(bias, dtype=totals.dtype) if ctx.needs_input_grad[3] else None
+        chunks = _Logits(hidden, head, bias, ctx.chunk)
         for part in _chunks(len(targets), ctx.chunk):
-            weight = grads[0][part, None]
-            dlogits = _logits(hidden[part], head, bias).sub_(sums[part, None]).exp_().mul_(-weight)
-            dlogits.scatter_add_(1, targets[part, None], weight.to(dlogits.dtype))
+            weight = grads[0][part, None].to(totals.dtype)
+            dlogits = chunks.of(part).sub_(totals[part, None]).exp_().mul_(-weight)
+            dlogits.scatter_add_(1, targets[part, None], weight)
             if dbias is not None:
                 dbias += dlogits.sum(dim=0)
-            narrow = dlogits.to(head.dtype)
+            dlogits = chunks.rounded(dlogits)
             if dhidden is not None:
-                torch.mm(narrow, head, out=dhidden[part])
-            if dhead is not None:
-                if dhead.dtype == head.dtype:
-                    dhead.addmm_(narrow.t(), hidden[part])
-                else:
-                    dhead += narrow.t() @ hidden[part]
-        dhead = None if dhead is None else dhead.to(head.dtype)
-        return dhidden, dhead, None, None if dbias is None or bias is None else dbias.to(bias.dtype), None, None
+                torch.mm(dlogits, head, out=dhidden[part])
+            if dhead is not None and dhead.dtype == head.dtype:
+                dhead.addmm_(dlogits.t(), hidden[part])
+            elif dhead is not None:
+                dhead += dlogits.t() @ hidden[part]
+        if dhead is not None:
+            dhead = dhead.to(head.dtype)
+        return dhidden, dhead, None, None if dbias is None else dbias.to(bias.dtype), None, None
 
 
 def target_logprobs(
@@ -92,7 +116,7 @@ def target_logprobs(
             "want (N, H), (V, H), (N,)"
         )
     if chunk_tokens is None:
-        chunk_tokens = max(16, CHUNK_LOGITS.get(hidden.device.type, 2**24) // head.shape[0])
+        chunk_tokens = max(16, CHUNK_LOGITS.get(hidden.device.type, 2**23) // head.shape[0])
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, not {chunk_tokens}")
     learn = torch.is_grad_enabled()
