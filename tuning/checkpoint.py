@@ -58,6 +58,12 @@ def find_latest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+def remove_torn(folder: Path) -> None:
+    """Removes what a run that was killed while it saved has left of its temporary folders."""
+    for path in folder.glob(".step-*.tmp"):
+        shutil.rmtree(path)
+
+
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:

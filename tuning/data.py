@@ -180,12 +180,12 @@ def summary(plan: Plan, capacity: int) -> dict[str, Any]:
 def write_plan(plan: Plan, capacity: int, out: Path) -> dict[str, Any]:
     """Writes plan.parquet (pack, row_id, tokens), steps.parquet (step, epoch, row_id), excluded.parquet,
     truncated.parquet and plan.json (the summary, returned) into `out`."""
-    row_ids = np.asarray(plan.units.row_ids)
+    row_ids = pa.array(plan.units.row_ids, pa.string())
     order = np.concatenate(plan.packs)
     sizes = [len(pack) for pack in plan.packs]
     packed = {
         "pack": pa.array(np.repeat(np.arange(len(plan.packs)), sizes), pa.int32()),
-        "row_id": pa.array(row_ids[order], pa.string()),
+        "row_id": row_ids.take(pa.array(order)),
         "tokens": pa.array(plan.units.lengths[order], pa.int32()),
     }
     write_parquet(out / "plan.parquet", pa.table(packed))
@@ -194,7 +194,7 @@ def write_plan(plan: Plan, capacity: int, out: Path) -> dict[str, Any]:
     trained = {
         "step": pa.array(np.repeat(np.arange(1, len(counts) + 1), counts), pa.int32()),
         "epoch": pa.array(np.repeat([epoch + 1 for epoch, _ in plan.steps], counts), pa.int32()),
-        "row_id": pa.array(row_ids[np.concatenate(stepped)], pa.string()),
+        "row_id": row_ids.take(pa.array(np.concatenate(stepped))),
     }
     write_parquet(out / "steps.parquet", pa.table(trained))
     write_parquet(out / "excluded.parquet", plan.units.excluded)

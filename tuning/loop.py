@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..curation.folder import HouseError, read_json, whole_folder, write_json
-from .checkpoint import Checkpoint, find_latest, optimizer_tensors, restore_optimizer, save_checkpoint
+from .checkpoint import Checkpoint, find_latest, optimizer_tensors, remove_torn, restore_optimizer, save_checkpoint
 from .data import Objective, Plan, make_plan, read_rows, read_units, write_plan
 from .forward import answer_logps, context_of, inference, pack_logps
 from .lora import LoraLinear, add_lora, load_adapter, save_adapter, trainable
@@ -94,10 +94,10 @@ def train(
         units = read_units(objective, tokenizer, rows, settings.capacity, settings.overlong, context)
         plan = make_plan(units, settings)
         numbers = write_plan(plan, settings.capacity, out)
+        policy, parameters = _policy(model, adapter, settings, place)
         run = {"status": "running", "name": name, **inputs, **place.record(), "plan": numbers}
         write_json(out / "run.json", run)
         tell({"event": "plan", **numbers})
-        policy, parameters = _policy(model, adapter, settings, place)
         reference = _reference(policy, plan, out, _key(run), tell) if objective == "dpo" else None
         stage = Stage(_key(run), objective, plan, policy, parameters, reference, settings, out)
         _steps(stage, tell)
@@ -262,6 +262,7 @@ def _resume(
     stage: Stage, optimizer: torch.optim.Optimizer, values: torch.Tensor, last: torch.Tensor, tell: Progress
 ) -> int:
     """Puts the latest whole checkpoint's state into place and returns the number of steps done."""
+    remove_torn(stage.out / "checkpoints")
     found = find_latest(stage.out / "checkpoints", log.warning)
     if found is None:
         return 0

@@ -102,7 +102,7 @@ def write_row_losses(path: Path, objective: Objective, plan: Plan, values: NDArr
     epochs = np.asarray([0, *(epoch + 1 for epoch, _ in plan.steps)])
     table = pa.table(
         {
-            "row_id": pa.array(np.asarray(units.row_ids)[seen], pa.string()),
+            "row_id": pa.array(units.row_ids, pa.string()).take(pa.array(seen)),
             "epoch": pa.array(epochs[step[seen]], pa.int32()),
             "step": pa.array(step[seen], pa.int32()),
             "first": values[0, seen].astype(np.float64),

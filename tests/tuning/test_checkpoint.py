@@ -9,6 +9,7 @@ from gristmill.tuning.checkpoint import (
     Checkpoint,
     find_latest,
     optimizer_tensors,
+    remove_torn,
     restore_optimizer,
     save_checkpoint,
 )
@@ -64,6 +65,16 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         save_checkpoint(tmp_path, Checkpoint(10, {}, {"unjsonable": object()}), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+
+
+def test_torn_folders_are_removed(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, at(5), keep=2)
+    (tmp_path / ".step-000010.x1.tmp").mkdir()
+    (tmp_path / ".step-000010.x1.tmp" / "state.safetensors").write_bytes(b"half")
+    assert find_latest(tmp_path, silent).step == 5
+    remove_torn(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+    remove_torn(tmp_path / "none")
 
 
 def run(steps, parameters, optimizer):

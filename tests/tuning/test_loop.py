@@ -230,6 +230,7 @@ def test_dpo_begins_at_ln_2_and_continues_an_adapter(home: Path, tmp_path: Path)
     with pytest.raises(HouseError, match=r"has rank 4, the stage that continues it 8: set it to 4"):
         other = replace(settings, lora=Lora(rank=8, alpha=8.0))
         train("dpo", home / "preference", home / "model", tmp_path / "other", other, adapter=adapter)
+    assert not (tmp_path / "other" / "run.json").exists()  # so that the same folder takes the mended settings
     with pytest.raises(HouseError, match="cannot continue the adapter"):
         train(
             "dpo", home / "preference", home / "model", tmp_path / "full", replace(settings, lora=None), adapter=adapter
