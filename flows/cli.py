@@ -221,3 +221,7 @@ def main() -> None:
     except HouseError as error:
         typer.secho(str(error), fg=typer.colors.RED, err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

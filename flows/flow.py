@@ -8,6 +8,7 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.client.schemas.objects import State
+from prefect.events.worker import EventsWorker
 from prefect.states import Completed
 
 from .progress import Done, Silent
@@ -38,4 +39,5 @@ def as_flow(name: str, out: str, call: Callable[[Callable[[Job, Silent], Done]],
         return Completed(message=str(ended[0].folder.root))
 
     grind(recipe=name, out=out)
+    EventsWorker.drain_all(timeout=10)  # the tasks' states reach the server as events; it may end after this
     return ended[0]

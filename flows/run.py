@@ -248,8 +248,10 @@ def _curate_jobs(
         yield Job(f"{stage.set} {step_name(index, step)}", do)
 
     def shards(progress: Progress) -> Done:
-        cached = (folder.curated(stage.set) / "manifest.json").is_file()
+        path = folder.curated(stage.set) / "manifest.json"
+        before = path.stat().st_mtime_ns if path.is_file() else None
         manifest = finish(folder, plan, release)
+        cached = path.stat().st_mtime_ns == before
         test = sum(file["rows"] for file in manifest["files"] if file["split"] == "test")
         return Done(f"{manifest['rows']:,} rows, {test:,} held out -> {folder.curated(stage.set)}", cached)
 

@@ -50,8 +50,8 @@ def prefect_server(*, services: bool) -> Iterator[str]:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}/api"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    command += [] if services else ["--no-services", "--no-ui"]
-    environment = os.environ | {"PREFECT_UI_API_URL": url}
+    command += [] if services else ["--no-ui", "--no-scheduler", "--no-late-runs"]
+    environment = os.environ | {"PREFECT_UI_API_URL": url} | ({} if services else {"PREFECT__SERVER_EPHEMERAL": "1"})
     follow = _end_with_parent if sys.platform == "linux" else None
     with tempfile.TemporaryFile() as said:
         server = subprocess.Popen(

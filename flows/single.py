@@ -12,7 +12,7 @@ from ..curation.folder import HouseError, RunFolder
 from ..curation.reading.source import read_source
 from ..curation.shards import KINDS
 from ..tuning.settings import NewModel, Training
-from .progress import Done, Silent, timed
+from .progress import Done, Silent, interrupts_wait, timed
 from .recipe import Curate, Model, Recipe, Source, build_settings
 from .run import run
 from .stages import TRAINS_ON, Objective
@@ -29,7 +29,9 @@ def train_single(
     show: Silent,
 ) -> dict[str, Any]:
     """Trains `model` in OUT/OBJECTIVE on a curated folder, or on any readable data, curated into OUT first."""
-    from ..tuning.loop import train
+    with interrupts_wait():
+        from ..tuning.loop import train
+        from .training import told
 
     how = build_settings(Training, settings)
     folder = RunFolder(out)
@@ -39,11 +41,7 @@ def train_single(
     home = folder.stage(objective)
 
     def do(progress: Any) -> Done:
-        def tell(event: dict[str, Any]) -> None:
-            if event["event"] == "step":
-                progress(event["step"], event["total"])
-
-        done = train(objective, curated, model, home, how, adapter=start, name=objective, progress=tell)
+        done = train(objective, curated, model, home, how, adapter=start, name=objective, progress=told(progress))
         return Done(f"{done['plan']['steps']} steps -> {home}", data=done)
 
     return timed(f"train {objective}", show, do).data
@@ -65,7 +63,8 @@ def _curated(data: str, kind: str, licence: str, model: Path, folder: RunFolder,
 
 def make_single(folder: Path, corpus: str, settings: Sequence[str], show: Silent) -> dict[str, Any]:
     """Makes the model that `settings` (of NewModel) describe from any readable data."""
-    from ..tuning.models import make_model
+    with interrupts_wait():
+        from ..tuning.models import make_model
 
     spec = build_settings(NewModel, settings)
     if folder.exists() and any(folder.iterdir()):

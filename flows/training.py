@@ -1,6 +1,6 @@
 """The training and evaluation stages of a run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..curation.door import Progress
@@ -27,10 +27,6 @@ def train_stage(folder: RunFolder, shop: Workshop, stage: Train, progress: Progr
     record = out / "run.json"
     cached = record.is_file() and read_json(record)["status"] == "complete"
 
-    def show(event: Row) -> None:
-        if event["event"] == "step":
-            progress(event["step"], event["total"])
-
     run = train(
         stage.objective,
         folder.curated(stage.set),
@@ -39,9 +35,21 @@ def train_stage(folder: RunFolder, shop: Workshop, stage: Train, progress: Progr
         stage.settings,
         adapter=adapter,
         name=stage.name,
-        progress=show,
+        progress=told(progress),
     )
     return Done(f"{run['plan']['steps']} steps -> {out}", cached, run)
+
+
+def told(progress: Progress) -> Callable[[Row], None]:
+    """What training tells, as progress: packs of the reference first, then optimizer steps."""
+
+    def tell(event: Row) -> None:
+        if event["event"] == "reference":
+            progress(event["done"], event["total"])
+        elif event["event"] == "step":
+            progress(event["step"], event["total"])
+
+    return tell
 
 
 def evaluate_stage(folder: RunFolder, shop: Workshop, stage: Evaluate, index: int, progress: Progress) -> Done:
