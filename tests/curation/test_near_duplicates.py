@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -160,6 +161,16 @@ def test_a_view_is_that_of_text(which: View) -> None:
     assert shingle_sets(whole.slice(3, 13), which, 3).words.tolist() == expected
 
 
+def test_large_strings_and_lists_are_read_too() -> None:
+    rows = [row(0, "what is it", "a thing"), row(1, None, None, messages=None, text="a raw document of many words")]
+    usual = table(rows)
+    turn = pa.struct([pa.field(f.name, pa.large_string()) for f in usual.schema.field("messages").type.value_type])
+    wide = usual.set_column(4, "messages", usual["messages"].cast(pa.large_list(turn)))
+    wide = wide.set_column(8, "text", usual["text"].cast(pa.large_string()))
+    assert wide.schema.names == usual.schema.names and wide.schema != usual.schema
+    assert shingle_sets(wide, "pair", 2).hashes.tolist() == sets_of(rows, 2).hashes.tolist()
+
+
 # ---------------------------------------------------------------- pairs
 
 
@@ -284,6 +295,19 @@ def test_views_and_preferences() -> None:
     assert kept(rows) == ["a0", "a1"]
     assert kept(rows, view="prompt") == ["a0"]
     assert kept(rows, view="response") == ["a0", "a1"]
+
+
+def test_real_rows_that_two_sources_share(data: Path) -> None:
+    """codealpaca_new4535 holds the rows of gpteacher_codegen: every one of them is found, to the source's first row."""
+    rows = []
+    for name, answer in (("codealpaca_new4535", "output"), ("gpteacher_codegen", "response")):
+        for i, real in enumerate(pq.read_table(data / f"{name}.parquet").to_pylist()):
+            rows.append(row(i, f"{real['instruction']}\n{real['input']}", real[answer], name))
+    found = verdicts(rows, parts=3, threshold=0.9)
+    assert all(v["keep"] for v in found[:4535])
+    assert all(v["score"] == 1.0 and not v["keep"] for v in found[4535:])
+    owners = [json.loads(v["evidence"])["duplicate_of"] for v in found[4535:]]
+    assert owners == [f"codealpaca_new4535{i}" for i in range(4535)]
 
 
 def test_small_corpora_and_wrong_fields() -> None:
