@@ -100,7 +100,7 @@ def print_funnel(folder: RunFolder, console: Console | None = None) -> None:
     console.print(_source_table(found.sources))
     for one in found.sets:
         console.print()
-        console.print(_set_table(one))
+        console.print(_set_table(one, console.width))
         if one.curated:
             said = " and ".join(f"{rows:,} rows in split {split}" for split, rows in one.curated.items())
             console.print(Text(f"curated/{one.name}: {said}", style="bold green"))
@@ -133,12 +133,15 @@ def _source_table(read: Sequence[Json]) -> Table:
     return table
 
 
-def _set_table(one: SetFunnel) -> Table:
+def _set_table(one: SetFunnel, width: int) -> Table:
+    """`width`: of the console; what the numbers leave of it goes to judges and reasons alike."""
     table = _table(("", f"set {one.name}"), ("came", "made", "kept", "dropped"), ("reasons",))
+    table.columns[1].no_wrap = True
     for step in one.steps:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in step["reasons"].items())
         counts = (step["came"], step["made"] or "", step["kept"], step["dropped"] or "")
-        table.add_row(*_cells(step["step"], step["judge"], *counts, reasons))
+        judge = cut(step["judge"], max(20, (width - 44) // 2))
+        table.add_row(Text(str(step["step"])), *_cells(judge, *counts, reasons))
     return table
 
 

@@ -86,7 +86,9 @@ def _head(folder: RunFolder, found: Funnel) -> Json:
     totals += [
         (f"curated into {one.name}", f"{one.curated['train']:,}") for one in found.sets if "train" in one.curated
     ]
-    totals += [(f"{run['stage']}: final loss", number(run.get("loss"))) for run in stages(folder)]
+    for line in _evaluation(evaluations(folder))["lines"]:
+        values = [number(value) for value in line["values"].values()]
+        totals.append((f"held-out {line['metric']}, {line['set']}", " → ".join(values)))
     return {
         "name": plain(str(recipe.get("name", folder.root.name))),
         "begun": begun.get("created", ""),
@@ -143,10 +145,10 @@ def _histogram(con: Any, step: Mapping[str, Any]) -> Json | None:
     if not rows:
         return None
     low, middle, high = marks
-    limits = [limit for limit in step["limits"] if limit is not None]
+    limits = [limit for limit in step["limits"] if limit is not None] or _cuts(con, step)
     high = max([high, *(limit for limit in limits if low < limit < 4 * high)])
     low = min([low, *(limit for limit in limits if limit < low and (limit > 0) == (least > 0) and limit > low / 4)])
-    scale = "log" if least > 0 and high > 10 * middle else "linear"
+    scale = "log" if least > 0 and high > 6 * middle else "linear"
     if high <= low:
         low, high = low - 0.5, high + 0.5
     ends = (math.log(low), math.log(high)) if scale == "log" else (low, high)
@@ -173,6 +175,15 @@ def _histogram(con: Any, step: Mapping[str, Any]) -> Json | None:
         "limits": [{"x": place(limit), "value": limit} for limit in limits if ends[0] == low or limit > 0],
         "ticks": [{"x": place(tick), "value": tick} for tick in _ticks(low, high, scale)],
     }  # fmt: skip
+
+
+def _cuts(con: Any, step: Mapping[str, Any]) -> list[float]:
+    """The thresholds that a judge of ranks found in the corpus, as its evidence states them (`cut`)."""
+    sql = (
+        "SELECT DISTINCT try_cast(json_extract_string(evidence, '$.cut') AS DOUBLE) AS cut FROM verdicts"
+        ' WHERE "set" = ? AND step = ? AND NOT keep AND isfinite(cut) ORDER BY cut LIMIT 4'
+    )
+    return [cut for (cut,) in con.execute(sql, [step["set"], step["step"]]).fetchall()]
 
 
 def _ticks(low: float, high: float, scale: str = "linear", most: int = 5) -> list[float]:
@@ -215,7 +226,6 @@ def _map(con: Any, set_name: str, colours: Mapping[str, int]) -> Json:
     ]  # fmt: skip
     shown = {row["reason"] for row in rows if not row["keep"]}
     legend = sorted((number, reason) for reason, number in colours.items() if reason in shown)
-    points.sort(key=lambda point: point["fate"] != "kept")  # dropped rows lie on top
     return {"set": set_name, "points": points, "kept": sum(bool(row["keep"]) for row in rows), "legend": legend}
 
 
@@ -228,7 +238,7 @@ def _plane(vectors: np.ndarray) -> np.ndarray:
     axes *= np.sign(axes[np.arange(2), np.abs(axes).argmax(1)])[:, None]
     flat = centred @ axes.T
     low, high = np.quantile(flat, 0.005, axis=0), np.quantile(flat, 0.995, axis=0)
-    return np.clip((flat - low) / np.maximum(high - low, 1e-9), 0, 1)
+    return np.asarray(np.clip((flat - low) / np.maximum(high - low, 1e-9), 0, 1))
 
 
 def _samples(con: Any, folder: RunFolder, found: Funnel, colours: Mapping[str, int]) -> list[Json]:
@@ -344,8 +354,9 @@ def _evaluation(rows: Sequence[Mapping[str, Any]]) -> Json:
         values = {model: row["value"] for model, row in mine.items() if row["value"] is not None}
         pick = min if "loss" in metric else max
         best = pick(values, key=lambda model: values[model]) if len(set(values.values())) > 1 else None
+        rows_of = sorted({row["rows"] for row in mine.values()})  # models of other capacities may score other rows
         lines.append({"set": name, "metric": metric, "values": values, "best": best,
-                      "rows": max(row["rows"] for row in mine.values())})  # fmt: skip
+                      "rows": " to ".join(f"{n:,}" for n in {rows_of[0]: 0, rows_of[-1]: 0})})  # fmt: skip
     return {"models": models, "lines": lines}
 
 
