@@ -173,10 +173,13 @@ def _minima(hashes, offsets, rows, scale, shift, factors, keys):  # type: ignore
         first, last = offsets[rows[index]], offsets[rows[index] + 1]
         for lane in range(0, scale.size, LANES):
             some, factor, term = minima[lane : lane + LANES], scale[lane : lane + LANES], shift[lane : lane + LANES]
-            for at in range(first, last):
-                low = np.uint32(hashes[at])
+            for at in range(first, last, 4):  # four shingles a pass, the last repeated: 15 ns a shingle, not 21
+                a, b = np.uint32(hashes[at]), np.uint32(hashes[min(at + 1, last - 1)])
+                c, d = np.uint32(hashes[min(at + 2, last - 1)]), np.uint32(hashes[min(at + 3, last - 1)])
                 for k in range(LANES):
-                    some[k] = min(some[k], np.uint32(low * factor[k] + term[k]))
+                    f, t = factor[k], term[k]
+                    low = min(np.uint32(a * f + t), np.uint32(b * f + t))
+                    some[k] = min(some[k], low, np.uint32(c * f + t), np.uint32(d * f + t))
         for band in range(keys.shape[0]):
             key = np.uint64(0)
             for k in range(width):

@@ -181,19 +181,25 @@ def _turn_words(text, at, end, table, several, words, top):  # type: ignore[no-u
     numba tests a signed index for being negative, which cost a fifth of the time."""
     word, letters = _FNV_START, False
     while at < end:
-        entry = _SOLO  # neither a letter nor an end
-        while at < end and text[at] < 128:  # letters of ASCII, up to the end of a word
-            entry = table[text[at]]
+        byte = text[at]
+        if byte < 128:
             at += _1
-            if entry == _0:
-                break
-            word = (word ^ np.uint64(entry)) * _FNV
-            letters = True
-        if entry == _0 and letters:
-            words[top] = mixed(word)
-            top += _1
-            word, letters = _FNV_START, False
-        if at >= end or text[at] < 128:
+            entry = table[byte]
+            if entry != _0:
+                word, letters = (word ^ np.uint64(entry)) * _FNV, True
+                while at < end:
+                    byte = text[at]
+                    if byte >= 128:
+                        break
+                    at += _1
+                    entry = table[byte]
+                    if entry == _0:
+                        break
+                    word = (word ^ np.uint64(entry)) * _FNV
+            if entry == _0 and letters:
+                words[top] = mixed(word)
+                top += _1
+                word, letters = _FNV_START, False
             continue
         code, at = _code_point(text, at, end)
         entry = table[code] if code < table.size else _0
