@@ -66,8 +66,9 @@ class Terminal(Silent):
     def finish(self, name: str, done: Done, seconds: float) -> None:
         super().finish(name, done, seconds)
         took = "cached" if done.cached else duration(seconds)
-        line = f"{'=' if done.cached else '+'} {name:<28} {done.text:<60} {took:>8}"
-        self.console.print(line, markup=False, style="dim" if done.cached else None)
+        text, *notes = done.text.split("\n")
+        line = f"{'=' if done.cached else '+'} {name:<28} {text:<60} {took:>8}"
+        self.console.print("\n".join([line, *notes]), markup=False, style="dim" if done.cached else None)
 
 
 @contextmanager

@@ -262,7 +262,9 @@ def step_text(record: dict[str, Any]) -> str:
     """came -> kept, and why the others are gone."""
     made = f" + {record['made']:,}" if record["made"] else ""
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in record["reasons"].items())
-    return f"{record['came']:,}{made} -> {record['kept']:,}" + (f"  ({reasons})" if reasons else "")
+    notes = [*record["notes"], *(f"source {name} has no row left" for name in record["emptied_sources"])]
+    line = f"{record['came']:,}{made} -> {record['kept']:,}" + (f"  ({reasons})" if reasons else "")
+    return "\n".join([line, *(f"    ! {note}" for note in notes)])
 
 
 def _train_job(folder: RunFolder, shop: Workshop, stage: Train) -> Job:

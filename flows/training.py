@@ -97,9 +97,16 @@ def _settings(shop: Workshop, name: str) -> Training:
     return users[0].settings if users else Training()
 
 
+def _capacity(shop: Workshop, name: str) -> int:
+    """The largest pack of any stage on the same base model, so that all of them are measured on the same rows."""
+    base = shop.base(name)
+    users = [stage.settings.capacity for stage in shop.recipe.trained().values() if stage.model == base]
+    return max(users, default=Training().capacity)
+
+
 def _loss(shop: Workshop, name: str, rows: Any) -> list[Row]:
     tokenizer = load_tokenizer(shop.base_folder(name))
-    found = evaluate_sft(shop.load(name), tokenizer, rows, _settings(shop, name).capacity)
+    found = evaluate_sft(shop.load(name), tokenizer, rows, _capacity(shop, name))
     return [{"metric": "loss", "value": found["loss"], "rows": found["rows"]}]
 
 
@@ -108,5 +115,5 @@ def _preference(shop: Workshop, name: str, start: str, rows: Any) -> list[Row]:
     policy = shop.load(name)
     reference = policy if start == name else shop.load(start)
     settings = _settings(shop, name)
-    found = evaluate_preference(policy, reference, tokenizer, rows, settings.beta, settings.capacity)
+    found = evaluate_preference(policy, reference, tokenizer, rows, settings.beta, _capacity(shop, name))
     return [{"metric": m, "value": found[m], "rows": found["pairs"]} for m in ("accuracy", "margin")]

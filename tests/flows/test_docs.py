@@ -1,0 +1,56 @@
+"""What the README and the architecture page say is so: commands, options, the recipe shown, the files of each room."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from gristmill.curation.steps import find_steps
+from gristmill.flows.cli import app
+from gristmill.flows.recipe import load_text
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+
+
+def test_every_command_is_documented_and_every_documented_command_exists() -> None:
+    named = set(re.findall(r"(?:`|\$ |bin/)gristmill ([a-z-]+)", README))
+    assert named == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_help(name: str) -> None:
+    assert len((COMMANDS[name].help or "").split()) >= 5
+    assert all(getattr(option, "help", None) for option in COMMANDS[name].params)
+
+
+def test_options_in_the_readme_exist() -> None:
+    known = {flag for command in COMMANDS.values() for option in command.params for flag in option.opts}
+    assert set(re.findall(r"(?<=[ `])--[a-z-]+", README)) <= known
+
+
+def test_the_recipe_of_the_readme_loads() -> None:
+    shown = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert shown
+    recipe = load_text(shown.group(1))
+    assert recipe.name == "mine" and len(recipe.sets()["clean"].steps) == 7
+    assert {type(step).__name__ for step in recipe.sets()["clean"].steps} <= set(find_steps())
+
+
+def test_overrides_in_the_readme_are_taken() -> None:
+    shown = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
+    line = re.search(r"Overrides on the command line: (.*?)\. An unknown", README, re.DOTALL)
+    assert shown and line
+    overrides = re.findall(r"`([^`]+)`", line.group(1))
+    assert len(overrides) >= 5
+    load_text(shown.group(1), overrides=[item.replace("…", "x") for item in overrides])
+
+
+@pytest.mark.parametrize("room", ["curation", "flows", "tuning"])
+def test_every_file_is_on_the_map(room: str) -> None:
+    section = ARCHITECTURE.split(f"## {room}\n")[1].split("\n## ")[0]
+    missing = [path.name for path in sorted((ROOT / room).glob("*.py")) if path.name not in section]
+    assert not missing
