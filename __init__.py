@@ -1,3 +1,3 @@
-"""gristmill turns raw instruction data into curated data, and curated data into a tuned model, every row accounted for."""
+"""From raw instruction data to curated data and a tuned model, with every row accounted for."""
 
 __version__ = "0.1.0"

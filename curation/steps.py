@@ -99,6 +99,19 @@ class Corpus(Protocol):
         """The set's held-out rows."""
 
 
+class Unmeasured:
+    """Base of a judge that reads no measure and judges by no score."""
+
+    score: ClassVar[str | None] = None
+
+    @property
+    def needs(self) -> tuple[Measure, ...]:
+        return ()
+
+    def limits(self) -> tuple[float | None, float | None]:
+        return None, None
+
+
 @runtime_checkable
 class RowJudge(Protocol):
     """Keeps or drops a row by looking at that row and its measures."""

@@ -44,8 +44,8 @@ class Training:
 
     lora: None tunes all weights. capacity: tokens of one pack; packs_per_step: packs of one optimizer step over all
     accumulation; the loss is averaged over the step's target tokens (SFT) or pairs (DPO). learning_rate rises linearly
-    over warmup (a share of all steps) and falls linearly to zero. max_grad_norm clips the global norm. overlong: what to
-    do with rows longer than `capacity` tokens: refuse to start, drop them, or cut the prompt's head. beta: DPO's
+    over warmup (a share of all steps) and falls linearly to zero. max_grad_norm clips the global norm. overlong: what
+    to do with rows longer than `capacity` tokens: refuse to start, drop them, or cut the prompt's head. beta: DPO's
     temperature (arXiv 2305.18290). dtype: of the computation; auto is bf16 where the device computes it natively, else
     fp32. checkpoint_every: optimizer steps between checkpoints. threads: torch's threads on a CPU (0: torch's default).
     """

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from ..folder import HouseError
 from ..reading.source import Source, Unreadable, iter_rows
-from ..steps import Corpus, Measure, verdicts
+from ..steps import Corpus, Unmeasured, verdicts
 from ..text import VIEW_COLUMNS, WORD, prompt_of, response_of, view, words
 
 Ints = npt.NDArray[np.int64]
@@ -33,7 +33,7 @@ _FILTER_BITS = 24  # 16 MB: one byte per bucket, 0.07 of them set by a million n
 
 
 @dataclass(frozen=True)
-class Decontaminate:
+class Decontaminate(Unmeasured):
     """Drops rows that hold an item of an evaluation set (TÜLU 3, arXiv 2411.15124, section 3.2).
 
     against: files or addresses of evaluation sets, of any shape that reading knows. n: words of an n-gram (case-folded
@@ -53,7 +53,6 @@ class Decontaminate:
     coverage: float = 0.5
     overlap: int = 13
     scope: ClassVar[Literal["corpus"]] = "corpus"
-    score: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.n < LEAST_WORDS:
@@ -62,10 +61,6 @@ class Decontaminate:
             raise HouseError(f"Decontaminate: overlap is {self.overlap}, it is 0 (off) or at least n = {self.n}")
         if not 0 <= self.coverage <= 1:
             raise HouseError(f"Decontaminate: coverage is {self.coverage}, it is a share between 0 and 1")
-
-    @property
-    def needs(self) -> tuple[Measure, ...]:
-        return ()
 
     def limits(self) -> tuple[float | None, float | None]:
         """Covered items up to `coverage` are let through (where no run of `overlap` words is shared)."""

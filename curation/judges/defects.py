@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import pyarrow as pa
 
-from ..steps import Measure, verdicts
+from ..steps import Unmeasured, verdicts
 from ..text import VIEW_COLUMNS, prompt_of, response_of
 
 _NO = r"no[ _-]?(?:in|out)puts?e?"
@@ -70,7 +70,7 @@ _ADDRESS = re.compile(
 
 
 @dataclass(frozen=True)
-class Defects:
+class Defects(Unmeasured):
     """Drops rows with a defect that no threshold is needed for (the classes of AlpacaDataCleaned, in English).
 
     Reasons: empty_response; no_output (`<nooutput>`, `<noinput>` or "N/A" in place of an answer); merged_instruction
@@ -83,14 +83,6 @@ class Defects:
     """
 
     scope: ClassVar[Literal["row"]] = "row"
-    score: ClassVar[str | None] = None
-
-    @property
-    def needs(self) -> tuple[Measure, ...]:
-        return ()
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..folder import HouseError
-from ..steps import Corpus, Measure
+from ..steps import Corpus, Unmeasured
 from ..survivors import PLACE, Places, Survivor, drops, json_column, survivors
 from ..text import VIEW_COLUMNS, View
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ExactDuplicate:
+class ExactDuplicate(Unmeasured):
     """Drops rows whose text equals that of another row after NFKC, case folding and collapse of white space.
 
     view: the text compared, pair (prompt and response, of a preference row also the rejected one), prompt or response.
@@ -32,14 +32,6 @@ class ExactDuplicate:
     survivor: Survivor = "first"
 
     scope: ClassVar[Literal["corpus"]] = "corpus"
-    score: ClassVar[str | None] = None
-
-    @property
-    def needs(self) -> tuple[Measure, ...]:
-        return ()
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None
 
     def judge(self, corpus: Corpus) -> pa.Table:
         from ..normal_digests import normal_digests
@@ -64,7 +56,7 @@ class ExactDuplicate:
 
 
 @dataclass(frozen=True)
-class NearDuplicate:
+class NearDuplicate(Unmeasured):
     """Drops rows that share most of their word n-grams with another row: MinHash-LSH, each pair verified by the true
     Jaccard similarity of the two sets of n-grams (Broder 1997; Lee et al., arXiv 2107.06499).
 
@@ -88,17 +80,12 @@ class NearDuplicate:
     survivor: Survivor = "first"
 
     scope: ClassVar[Literal["corpus"]] = "corpus"
-    score: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
             raise HouseError(f"NearDuplicate: threshold is {self.threshold}; a Jaccard similarity lies in (0, 1]")
         if min(self.ngram, self.bands, self.rows_per_band) < 1:
             raise HouseError(f"{self}: ngram, bands and rows_per_band must be at least 1")
-
-    @property
-    def needs(self) -> tuple[Measure, ...]:
-        return ()
 
     def limits(self) -> tuple[float | None, float | None]:
         return None, self.threshold

@@ -5,24 +5,16 @@ from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
-from ..steps import Measure, verdicts
+from ..steps import Unmeasured, verdicts
 from ..text import normal
 
 
 @dataclass(frozen=True)
-class EqualAnswers:
+class EqualAnswers(Unmeasured):
     """Drops preference rows whose `chosen` equals `rejected` in normal form (NFKC, case-folded, white space collapsed):
     such a pair teaches nothing. Reason: equal_answers. Rows that are no preference pair are kept."""
 
     scope: ClassVar[Literal["row"]] = "row"
-    score: ClassVar[str | None] = None
-
-    @property
-    def needs(self) -> tuple[Measure, ...]:
-        return ()
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""

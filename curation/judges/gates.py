@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 
 from ..rows import digest
-from ..steps import Measure, verdicts
+from ..steps import Unmeasured, verdicts
 from ..text import contents, normal, prompt_of
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
@@ -54,7 +54,7 @@ def is_held_out(prompt: str, share: float) -> bool:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOut(Unmeasured):
     """Holds out a share of the prompts for evaluation, before any judge has looked.
 
     share: of prompts, 0 to 1. Rows that cannot be trained on as `kind` are never held out. Reason: held_out.
@@ -63,14 +63,6 @@ class HeldOut:
     share: float = 0.02
     kind: str = "sft"
     scope: ClassVar[Literal["row"]] = "row"
-    score: ClassVar[None] = None
-
-    @property
-    def needs(self) -> tuple[Measure, ...]:
-        return ()
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Drops held-out rows with reason held_out."""
@@ -82,20 +74,12 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Trainable:
+class Trainable(Unmeasured):
     """Drops rows that cannot be trained on as `kind`: no messages, no assistant turn, an empty prompt or response, an
     unknown role, equal answers. The reason names the fault."""
 
     kind: str = "sft"
     scope: ClassVar[Literal["row"]] = "row"
-    score: ClassVar[None] = None
-
-    @property
-    def needs(self) -> tuple[Measure, ...]:
-        return ()
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Drops rows with the reason that `untrainable` gives."""

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..folder import HouseError
-from ..steps import Corpus, Measure
+from ..steps import Corpus, Unmeasured
 from ..survivors import PLACE, Places, drops, json_column
 from ..text import VIEW_COLUMNS, View
 
@@ -15,7 +15,7 @@ _VIEWS: tuple[View, ...] = ("pair", "prompt")
 
 
 @dataclass(frozen=True)
-class NearHeldOut:
+class NearHeldOut(Unmeasured):
     """Drops training rows whose pair or whose prompt shares most word n-grams with that of a held-out row; never a
     held-out row.
 
@@ -30,17 +30,12 @@ class NearHeldOut:
     ngram: int = 5
 
     scope: ClassVar[Literal["corpus"]] = "corpus"
-    score: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
             raise HouseError(f"NearHeldOut: threshold is {self.threshold}; a Jaccard similarity lies in (0, 1]")
         if self.ngram < 1:
             raise HouseError(f"NearHeldOut: ngram is {self.ngram}; it must be at least 1")
-
-    @property
-    def needs(self) -> tuple[Measure, ...]:
-        return ()
 
     def limits(self) -> tuple[float | None, float | None]:
         return None, self.threshold

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import pyarrow as pa
 
-from ..steps import Measure, verdicts
+from ..steps import Unmeasured, verdicts
 from ..text import VIEW_COLUMNS, prompt_of, response_of
 
 # Every pattern is anchored at the response's first character: "I'm sorry" inside a story, a letter or a quotation is no
@@ -79,7 +79,7 @@ _HEAD = 320  # characters of the response that are looked at; of a long prompt, 
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Refusal(Unmeasured):
     """Drops rows whose response declines ("I'm sorry, but I can't help with that") or opens with what the assistant is
     ("As an AI language model, I …"), in English. Reason: refusal; evidence: {matched, rule}.
 
@@ -91,14 +91,6 @@ class Refusal:
     """
 
     scope: ClassVar[Literal["row"]] = "row"
-    score: ClassVar[str | None] = None
-
-    @property
-    def needs(self) -> tuple[Measure, ...]:
-        return ()
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`. A raw document is kept."""
