@@ -16,7 +16,13 @@ import tempfile
 import time
 from pathlib import Path
 
-COMPARED = ("curated/*/data/*", "ledger/*/*/verdicts.parquet", "ledger/*/*/alive.npy", "rows/*.parquet", "*/adapter/*")
+COMPARED = (
+    "curated/*/data/*",
+    "ledger/*/*/verdicts.parquet",
+    "ledger/*/*/alive.npy",
+    "rows/*.parquet",
+    "*/adapter/*.safetensors",
+)
 
 
 def command(recipe: str, out: Path, overrides: list[str]) -> list[str]:

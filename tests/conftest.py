@@ -1,6 +1,7 @@
 """What the tests of every room share: the folder of real data, and small sources as reading would write them."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 from gristmill.curation.folder import RunFolder, write_json, write_parquet
 from gristmill.curation.rows import ROW, content_id, counted_row_id, message, table
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job: children would never see Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # bitsandbytes and transformers call a hub at import otherwise
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 

@@ -141,7 +141,8 @@ def test_buffer_born_in_inference_mode_serves_training() -> None:
         plain_weight(q, torch.float32)
     x = torch.randn(2, 300, requires_grad=True)
     frozen_linear(x, q).sum().backward()
-    torch.testing.assert_close(x.grad, dequantise(q).sum(dim=0).expand(2, -1))
+    expected = dequantise(q).sum(dim=0).expand(2, -1)
+    torch.testing.assert_close(x.grad, expected, rtol=0, atol=3e-4)  # 300 terms x 6e-8 x partial sums of up to 17
 
 
 def test_threads_do_not_share_the_buffer() -> None:
