@@ -5,7 +5,9 @@ shown without its control characters and never read as markup.
 """
 
 import json
+import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,9 +92,15 @@ def _faults(one: SetFunnel, record: Mapping[str, Any], read: Sequence[Json]) -> 
     return faults
 
 
+def wide_console() -> Console:
+    """The terminal as it is; 120 columns where the output goes to a file or a pipe (rich would take 80)."""
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=120 if piped else None)
+
+
 def print_funnel(folder: RunFolder, console: Console | None = None) -> None:
     """The funnel as tables, and a last line that says whether every row is accounted for."""
-    console = console or Console()
+    console = console or wide_console()
     found = funnel(folder)
     if not found.sources and not found.sets:
         console.print(Text(f"{folder.root} holds no rows yet: nothing was read to its end."))
@@ -371,7 +379,7 @@ def plain(text: str) -> str:
 
 def print_why(folder: RunFolder, row_id: str, console: Console | None = None) -> None:
     """The life of one row: what it says, where it came from, what each step said of it, what became of it."""
-    console = console or Console()
+    console = console or wide_console()
     found = why(folder, row_id)
     tree = Tree(Text(f"row {found.row['row_id']}", style="bold"))
     _show_text(tree, found.row)
@@ -448,7 +456,7 @@ def _show_trained(tree: Tree, one: Mapping[str, Any]) -> None:
 
 def print_query(folder: RunFolder, sql: str, console: Console | None = None) -> None:
     """The answer to one SELECT as a table, its first MOST_ROWS rows."""
-    console = console or Console()
+    console = console or wide_console()
     columns, rows = query(folder, sql, MOST_ROWS + 1)
     numbers = [
         all(row[i] is None or isinstance(row[i], int | float) for row in rows) and bool(rows)
