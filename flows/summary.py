@@ -1,6 +1,7 @@
 """What the command line prints at the end of a run, and of the steps that exist."""
 
 import inspect
+import re
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -13,6 +14,8 @@ from .progress import Silent
 from .recipe import Recipe
 from .run import Result
 from .stages import nearest
+
+SENTENCE = re.compile(r"(?<=[.;])\s+(?=[A-Z])")  # where a docstring's first sentence ends
 
 
 def show_result(recipe: Recipe, result: Result, show: Silent) -> None:
@@ -43,7 +46,7 @@ def _evaluation_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def show_steps(name: str | None = None) -> None:
-    """Every step with its fields; or one of them with its whole docstring."""
+    """Every step with its fields and its docstring's first sentence; or one of them with its whole docstring."""
     console = Console(highlight=False, soft_wrap=True)
     known = find_steps()
     if name is not None and name not in known:
@@ -51,7 +54,7 @@ def show_steps(name: str | None = None) -> None:
     for each, kind in sorted(known.items(), key=lambda item: (_scope(item[1]), item[0])):
         if name in (None, each):
             doc = inspect.getdoc(kind) or ""
-            text = doc if name else doc.split("\n", 1)[0]
+            text = doc if name else " ".join(SENTENCE.split(doc.split("\n\n", 1)[0], maxsplit=1)[0].split())
             console.print(f"{each}({', '.join(_field(item) for item in fields(kind))})", style="bold", markup=False)
             console.print(f"  {_scope(kind)}: {text}", markup=False)
 
