@@ -68,7 +68,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--kills", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as scratch:
         whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"
         seconds = undisturbed(args.recipe, whole, args.overrides)

@@ -1,5 +1,6 @@
 """A run's folder: where things lie, and how a file or folder appears whole or not at all."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -73,6 +74,32 @@ def whole_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+LOCK = ".lock"
+
+
+@contextmanager
+def sole(root: Path) -> Iterator[None]:
+    """Holds `root` for one run at a time, and sweeps it first. The operating system lets go of it when the run dies; a
+    HouseError while another run holds it."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise HouseError(f"another run is writing in {root}: wait for it, or choose another --out") from error
+        sweep(root)
+        yield
+
+
+def sweep(root: Path) -> None:
+    """Removes what a killed run left half-written anywhere below `root`. No other run may be writing there."""
+    for path in sorted(root.rglob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -113,7 +113,7 @@ def check_conservation(where: str, came: int, made: int, kept: int, step: Path, 
 def ledger_digest(folder: RunFolder, set_name: str) -> str:
     """sha256 over every verdict and every live bit of a set, in step order."""
     state = hashlib.sha256()
-    for step in sorted(path for path in (folder.ledger / set_name).iterdir() if path.is_dir()):
+    for step in _finished_steps(folder, set_name):
         for name in ("verdicts.parquet", "alive.npy"):
             state.update(f"{step.name}/{name}".encode())
             state.update((step / name).read_bytes())
@@ -122,4 +122,9 @@ def ledger_digest(folder: RunFolder, set_name: str) -> str:
 
 def records(folder: RunFolder, set_name: str) -> list[StepRecord]:
     """Records of the set's finished steps, in order."""
-    return [read_json(path) for path in sorted((folder.ledger / set_name).glob("*/step.json"))]
+    return [read_json(step / "step.json") for step in _finished_steps(folder, set_name)]
+
+
+def _finished_steps(folder: RunFolder, set_name: str) -> list[Path]:
+    """Folders of the finished steps in order; what a killed run left half-written begins with a dot and is none."""
+    return [path.parent for path in sorted((folder.ledger / set_name).glob("[0-9]*/step.json"))]

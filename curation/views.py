@@ -89,20 +89,20 @@ def sources(folder: RunFolder) -> list[Json]:
 def sets(folder: RunFolder) -> list[Json]:
     """set.json of every set that was begun, in the recipe's order."""
     place = _places(folder)
-    return sorted((read_json(path) for path in folder.ledger.glob("*/set.json")), key=lambda one: place(one["set"]))
+    return sorted((read_json(path) for path in folder.ledger.glob("[!.]*/set.json")), key=lambda one: place(one["set"]))
 
 
 def steps(folder: RunFolder) -> list[Json]:
     """step.json of every finished step, by set and step, each with its `folder` (a Path)."""
     place = _places(folder)
-    found = [{**read_json(path), "folder": path.parent} for path in folder.ledger.glob("*/*/step.json")]
+    found = [{**read_json(path), "folder": path.parent} for path in folder.ledger.glob("[!.]*/[0-9]*/step.json")]
     return sorted(found, key=lambda step: (place(step["set"]), step["step"]))
 
 
 def stages(folder: RunFolder) -> list[Json]:
     """run.json of every training stage in the recipe's order, each with its `stage` (the folder's name)."""
     place = _places(folder)
-    found = [{**read_json(path), "stage": path.parent.name} for path in folder.root.glob("*/run.json")]
+    found = [{**read_json(path), "stage": path.parent.name} for path in folder.root.glob("[!.]*/run.json")]
     return sorted(found, key=lambda run: place(run["stage"]))
 
 
@@ -174,7 +174,7 @@ def _rows(con: Any, folder: RunFolder) -> None:
 def _measures(con: Any, folder: RunFolder) -> None:
     con.execute("CREATE SCHEMA measure")
     long = []
-    for path in sorted(folder.measures.glob("*/measure.json")):
+    for path in sorted(folder.measures.glob("[!.]*/measure.json")):
         files = sorted(path.parent.glob("*.parquet"))
         if not files:
             continue
@@ -287,7 +287,7 @@ def measure_of(folder: RunFolder, step: Mapping[str, Any]) -> str | None:
 def _outputs(con: Any, folder: RunFolder) -> None:
     """What came out of the run: curated rows, training, and what could not be used."""
     curated = []
-    for path in sorted((folder.root / "curated").glob("*/manifest.json")):
+    for path in sorted((folder.root / "curated").glob("[!.]*/manifest.json")):
         for file in read_json(path)["files"]:
             curated.append(
                 f'SELECT {_text(path.parent.name)} AS "set", {_text(file["split"])} AS split, row_id,'

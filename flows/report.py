@@ -79,7 +79,7 @@ def number(value: Any) -> str:
 def _head(folder: RunFolder, found: Funnel) -> Json:
     recipe = yaml.safe_load(folder.recipe.read_text(encoding="utf-8")) if folder.recipe.is_file() else {}
     started = folder.root / "started.json"
-    manifests = [read_json(path) for path in sorted(folder.root.glob("curated/*/manifest.json"))]
+    manifests = [read_json(path) for path in sorted(folder.root.glob("curated/[!.]*/manifest.json"))]
     begun = read_json(started) if started.is_file() else manifests[0] if manifests else {}
     read, bad = (sum(source[name] for source in found.sources) for name in ("read", "quarantined"))
     totals = [("rows read", f"{read:,}"), ("quarantined", f"{bad:,}")]
@@ -363,7 +363,7 @@ def _evaluation(rows: Sequence[Mapping[str, Any]]) -> Json:
 def _files(folder: RunFolder) -> list[Json]:
     """What the run hands over: curated shards with their digests, adapters and models."""
     found = []
-    for path in sorted(folder.root.glob("curated/*/manifest.json")):
+    for path in sorted(folder.root.glob("curated/[!.]*/manifest.json")):
         manifest = read_json(path)
         home = path.parent.relative_to(folder.root)
         counts = ", ".join(f"{name} {rows:,}" for name, rows in split_rows(manifest).items())

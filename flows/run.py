@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..curation.door import Progress
-from ..curation.folder import HouseError, RunFolder, read_json, whole_file, write_json
+from ..curation.folder import LOCK, HouseError, RunFolder, read_json, sole, whole_file, write_json
 from ..curation.reading.source import read_source
 from ..curation.rows import digest as digest_of
 from .models import Workshop, set_plan
@@ -74,9 +74,10 @@ def run(
     if finished(recipe, folder, parts):
         return Result(folder, cached=True, waiting=waiting)
     started = start(recipe, folder, previous)
-    for job in jobs(recipe, folder, started, waiting if parts == "curate" else None):
-        each(job, show)
-    _mark_finished(recipe, folder, parts)
+    with sole(folder.root):
+        for job in jobs(recipe, folder, started, waiting if parts == "curate" else None):
+            each(job, show)
+        _mark_finished(recipe, folder, parts)
     return Result(folder, waiting=waiting)
 
 
@@ -159,7 +160,7 @@ def _mark_finished(recipe: Recipe, folder: RunFolder, parts: Parts) -> None:
     files = {
         str(path.relative_to(folder.root)): path.stat().st_size
         for path in sorted(folder.root.rglob("*"))
-        if path.is_file() and path.relative_to(folder.root).parts[0] not in (*NOT_OURS, "run.json")
+        if path.is_file() and path.relative_to(folder.root).parts[0] not in (*NOT_OURS, LOCK, "run.json")
     }
     record = {"recipe": digest(recipe), "parts": parts, "overrides": _overrides(folder), "files": files}
     write_json(folder.root / "run.json", record)

@@ -33,7 +33,7 @@ class Logged(Silent):
 def release(recipe: str, out: str) -> State[None]:
     """One release: `recipe` (resolved YAML) into a new folder of `out`."""
     home = Path(out) / datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    before = sorted(path.parent.name for path in Path(out).glob("*/run.json"))
+    before = sorted(path.parent.name for path in Path(out).glob("[!.]*/run.json"))
     previous = before[-1] if before else None
     run(load_text(recipe), home, cache=Path(out) / "cache", previous=previous, show=Logged(), each=as_task)
     return Completed(message=str(home))

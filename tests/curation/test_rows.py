@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.curation.folder import HouseError, whole_file, whole_folder, write_json, write_parquet
+from gristmill.curation.folder import HouseError, sole, sweep, whole_file, whole_folder, write_json, write_parquet
 from gristmill.curation.rows import ROW, content_id, counted_row_id, digest, made_row, message, table
 from gristmill.curation.text import normal, pair_of, prompt_of, response_of, words
 
@@ -81,6 +81,22 @@ def test_a_file_or_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "f") as part:
         part.write_text(str(1 // 0))
     assert (tmp_path / "f").read_text() == '{\n  "a": 1\n}\n'
+
+
+def test_what_a_killed_run_left_half_written_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".a.json.x1.tmp", "ledger/sft/.03-Step.y2.tmp/step.json", "rows/a.parquet", "notes.tmp", ".hidden"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    sweep(tmp_path)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == [".hidden", "notes.tmp", "rows/a.parquet"]
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    with sole(tmp_path / "out"), pytest.raises(HouseError, match="another run is writing in"), sole(tmp_path / "out"):
+        raise AssertionError("two runs in one folder")
+    with sole(tmp_path / "out"):
+        pass
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -304,13 +304,16 @@ def test_a_killed_step_is_done_again_to_the_same_bytes(
         raise KeyboardInterrupt
 
     for index in range(len(full_steps(plan))):
-        for later in sorted((folder.ledger / "sft").glob("*"))[index:]:
+        for later in sorted((folder.ledger / "sft").glob("[0-9]*"))[index:]:
             if later.is_dir():
                 (later / "step.json").unlink()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(sift, "save_alive", interrupted)
             run(folder, plan)
         assert len(records(folder, "sft")) == index
+        torn = folder.ledger / "sft" / f".{index:02d}-Torn.x.tmp"  # as a SIGKILL leaves it, all but moved into place
+        torn.mkdir()
+        (torn / "step.json").write_text("{}")
         run(folder, plan)
         assert ledger_digest(folder, "sft") == whole
         assert [path.read_bytes() for path in sorted(folder.rows.glob("made-*"))] == made
