@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +17,7 @@ from .folder import HouseError, read_json, whole_folder, write_json
 from .rows import MESSAGE
 
 Kind = Literal["sft", "preference", "kto", "text"]
-KINDS: tuple[str, ...] = ("sft", "preference", "kto", "text")
+KINDS: tuple[str, ...] = get_args(Kind)
 SCHEMA_VERSION = 1
 SHARD_BYTES = 256 * 2**20  # of Arrow memory, some 60-100 MB on disk
 

@@ -34,7 +34,7 @@ class LoraLinear(nn.Module):
     """A frozen linear layer with a low-rank update: y = x Wᵀ + bias + alpha / rank · (drop(x) Aᵀ) Bᵀ.
 
     The base is a frozen parameter `weight` (out, in) or, in NF4, buffers. A (rank, in) and B (out, rank) are fp32
-    parameters. Dropout draws from torch's global generator, whose state a checkpoint keeps.
+    parameters. Dropout draws from torch's global generator, which each training step seeds.
     """
 
     def __init__(self, linear: nn.Linear, settings: Lora, generator: torch.Generator) -> None:
