@@ -18,9 +18,9 @@ BLOCK_ROWS = 4096  # rows measured between two writes: what a kill can cost
 
 
 def measure_key(measure: Measure, tools: Tools) -> str:
-    """Folder name of a measure's values: its class and a digest of repr, version and model."""
-    weights = "" if measure.model is None else tools.digest(measure.model)
-    return f"{type(measure).__name__}-{digest(repr(measure), str(measure.version), weights)[:12]}"
+    """Folder name of a measure's values: its class and a digest of repr, version and models."""
+    weights = [tools.digest(model) for model in measure.models]
+    return f"{type(measure).__name__}-{digest(repr(measure), str(measure.version), *weights)[:12]}"
 
 
 def measured(

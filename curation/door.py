@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 Progress = Callable[[int, int], None]
@@ -67,3 +69,25 @@ class ResponseScorer(Protocol):
         """For each row, in order: `tokens` (int32, trained assistant tokens), `nll` (float64, sum of their negative
         log-probabilities in nats), `mean_prob` and `min_prob` (float64); all null where nothing could be scored (no
         assistant turn; longer than the model's context)."""
+
+
+class Embedder(Protocol):
+    """Texts as vectors."""
+
+    digest: str
+    dims: int
+
+    def embed(self, texts: Sequence[str], progress: Progress | None = None) -> npt.NDArray[np.float32]:
+        """Shape (len(texts), dims), each of unit length; an empty text may be all zeros. A text's vector does not
+        depend on the texts beside it beyond rounding."""
+
+
+class EntailmentModel(Protocol):
+    """Natural language inference: does the second text follow from the first?"""
+
+    digest: str
+
+    def probabilities(
+        self, pairs: Sequence[tuple[str, str]], progress: Progress | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Shape (len(pairs), 3): contradiction, entailment, neutral; each row sums to 1."""

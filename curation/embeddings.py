@@ -1,10 +1,41 @@
-"""Texts as vectors, without a neural network: TF-IDF reduced by a truncated SVD (latent semantic analysis)."""
+"""Rows as vectors: of an embedding model, measured and cached; or, with nothing to download, TF-IDF reduced by a
+truncated SVD (latent semantic analysis)."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from .measures.embedding import Embedding
+from .steps import Corpus
+from .text import VIEW_COLUMNS, View, view
+
 FIT_ROWS = 20_000  # beyond it more rows move the leading directions little and cost time
+
+
+def embedding_needs(model: str | None, which: View) -> tuple[Embedding, ...]:
+    """What a judge that clusters rows says as its `needs`."""
+    return () if model is None else (Embedding(model, which),)
+
+
+def vectors(corpus: Corpus, model: str | None, which: View, dims: int = 64, seed: int = 0) -> np.ndarray:
+    """Unit vectors of all live rows, float32, in the order of `corpus.tables()`: the measured embedding of `model` (in
+    the judge's `needs`), or, where it is None, tfidf_svd of `dims` dimensions, fitted in the order of row_id."""
+    if model is None:
+        names: list[str] = []
+        texts: list[str] = []
+        for table in corpus.tables(["row_id", *VIEW_COLUMNS]):
+            names += table["row_id"].to_pylist()
+            texts += view(table, which)
+        order = np.array(sorted(range(len(names)), key=names.__getitem__), np.int64)
+        found = np.empty((len(names), dims), np.float32)
+        found[order] = tfidf_svd([texts[i] for i in order], dims, seed)
+        return found
+    column = corpus.values(["embedding"])["embedding"].combine_chunks()
+    flat = np.asarray(column.flatten(), np.float32)
+    found = flat.reshape(len(column), -1) if len(column) else flat.reshape(0, 1)
+    lengths = np.linalg.norm(found, axis=1, keepdims=True)
+    unit: np.ndarray = np.divide(found, lengths, out=np.zeros_like(found), where=lengths > 1e-6)
+    return unit
 
 
 def tfidf_svd(texts: Sequence[str], dims: int = 64, seed: int = 0, max_features: int = 50_000) -> np.ndarray:

@@ -41,6 +41,8 @@ from .rows import ROW, digest
 from .steps import CorpusJudge, Maker, RowJudge, Tools, verdicts
 from .text import prompt_of
 
+KEPT, VALUES = "kept", "values.parquet"  # below a step's folder
+
 AnyStep = RowJudge | CorpusJudge | Maker | Overrides
 FAULT = pa.schema(
     [
@@ -156,7 +158,7 @@ def _do(
     progress: Progress,
 ) -> StepRecord:
     """Runs the step, writes its ledger into `work`, checks conservation, and returns the record."""
-    live = LiveRows(folder, plan, index, before, tools, progress)
+    live = LiveRows(folder, plan, index, before, tools, progress, work)
     for stale in folder.rows.glob(f"made-{plan.name}-{index:02d}-*.parquet"):
         stale.unlink()
     try:
@@ -192,16 +194,34 @@ class LiveRows:
     """The rows that reach a step (protocol steps.Corpus)."""
 
     def __init__(
-        self, folder: RunFolder, plan: SetPlan, index: int, state: State, tools: Tools, progress: Progress
+        self,
+        folder: RunFolder,
+        plan: SetPlan,
+        index: int,
+        state: State,
+        tools: Tools,
+        progress: Progress,
+        kept: Path,
     ) -> None:
         self.folder, self.plan, self.index, self.state = folder, plan, index, state
-        self.tools, self.progress = tools, progress
+        self.tools, self.progress, self._kept = tools, progress, kept / KEPT
         self.rows, self.seed = state.rows, plan.seed
         self.scratch = Path(tempfile.mkdtemp(prefix=f"gristmill-{plan.name}-"))
         self.measured: pa.Table | None = None
 
+    @property
+    def kept(self) -> Path:
+        self._kept.mkdir(exist_ok=True)
+        return self._kept
+
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         return self.state.tables(columns)
+
+    def keep_values(self, pieces: Sequence[pa.Table]) -> None:
+        """Numbers that the judge read, aligned with the rows that came, for deciding again without their text."""
+        numbers = [name for name in (pieces[0].column_names if pieces else ()) if _is_number(pieces[0], name)]
+        if numbers:
+            write_parquet(self.kept / VALUES, pa.concat_tables([piece.select(numbers) for piece in pieces]))
 
     def values(self, columns: Sequence[str]) -> pa.Table:
         if self.measured is None:
@@ -213,6 +233,11 @@ class LiveRows:
 
     def close(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def _is_number(table: pa.Table, name: str) -> bool:
+    kind = table.schema.field(name).type
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def held_out_rows(
@@ -253,8 +278,10 @@ def _judge_parts(
     folder: RunFolder, step: RowJudge, live: LiveRows, faults: list[dict[str, Any]]
 ) -> Iterator[tuple[pa.Table, pa.ChunkedArray]]:
     done = 0
+    seen: list[pa.Table] = []
     for rows in live.tables():
         values, errors = _values(folder, step, rows, live)
+        seen.append(values)
         index = pa.table({"index": pa.array(np.arange(rows.num_rows))})
 
         def judge(piece: pa.Table, rows: pa.Table = rows, values: pa.Table = values) -> pa.Table:
@@ -266,6 +293,7 @@ def _judge_parts(
         done += rows.num_rows
         live.progress(done, live.rows)
         yield judged, ids
+    live.keep_values(seen)
 
 
 def _judge_corpus(
@@ -282,6 +310,7 @@ def _judge_corpus(
             pieces.append(values)
             offset += rows.num_rows
         live.measured = pa.concat_tables(pieces) if pieces else None
+        live.keep_values(pieces)
     judged = step.judge(live) if live.rows else verdicts([])
     if judged.num_rows != ids.num_rows:
         raise HouseError(f"{step!r} gave {judged.num_rows} verdicts for {ids.num_rows} rows")

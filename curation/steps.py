@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import pyarrow as pa
 
-from .door import ChatModel, Progress, ResponseScorer
+from .door import ChatModel, Embedder, EntailmentModel, Progress, ResponseScorer
 
 VERDICT = pa.schema(
     [
@@ -58,6 +58,12 @@ class Tools(Protocol):
     def chat(self, model: str) -> ChatModel:
         """Chat model that the recipe calls `model`, or the model that the training stage `model` ended with."""
 
+    def embedder(self, model: str) -> Embedder:
+        """Embedding model that the recipe calls `model`."""
+
+    def entailment(self, model: str) -> EntailmentModel:
+        """Natural-language-inference model that the recipe calls `model`."""
+
     def digest(self, model: str) -> str:
         """Digest of a model's weights, without loading it."""
 
@@ -67,14 +73,14 @@ class Tools(Protocol):
 
 class Measure(Protocol):
     """rows -> value columns. Pure, batched; its values are cached by content_id, its own repr, `version` and the
-    digest of the model it names."""
+    digests of the models it names."""
 
     version: ClassVar[int]
     columns: ClassVar[dict[str, pa.DataType]]  # name -> type of each value column
 
     @property
-    def model(self) -> str | None:
-        """The model it needs, by its name in the recipe."""
+    def models(self) -> tuple[str, ...]:
+        """The models it needs, by their names in the recipe."""
 
     def measure(self, rows: pa.Table, tools: Tools, progress: Progress) -> pa.Table:
         """One row of `columns` for each row (schema ROW), in order."""
@@ -86,6 +92,7 @@ class Corpus(Protocol):
     rows: int
     seed: int
     scratch: Path  # a folder for intermediate files, removed after the step
+    kept: Path  # a folder that stays beside the step's verdicts: what another decision over the same rows can use
     progress: Progress
     tools: Tools
 

@@ -256,5 +256,6 @@ def _bad_evaluate(
 
 def models_of(step: Any) -> list[str]:
     """Names of the models that a step needs: its measures' own, and a maker's."""
-    named = [getattr(step, "model", None)] if step.scope == "maker" else [m.model for m in getattr(step, "needs", ())]
-    return [name for name in named if name is not None]
+    if step.scope == "maker":
+        return [] if step.model is None else [step.model]
+    return list(dict.fromkeys(name for measure in getattr(step, "needs", ()) for name in measure.models))

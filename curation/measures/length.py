@@ -26,7 +26,7 @@ class Length:
         "response_chars": pa.int32(),
         "turns": pa.int32(),
     }
-    model: ClassVar[None] = None
+    models: ClassVar[tuple[str, ...]] = ()
 
     def measure(self, rows: pa.Table, tools: Tools, progress: Progress) -> pa.Table:
         """One row of `columns` for each row, in order."""

@@ -31,6 +31,10 @@ class ResponsePerplexity:
         "min_prob": pa.float64(),
     }
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.model,)
+
     def measure(self, rows: pa.Table, tools: Tools, progress: Progress) -> pa.Table:
         """One row of `columns` for each row, in order."""
         scores = tools.scorer(self.model).response_scores(rows, progress)

@@ -2,11 +2,13 @@
 one row, on nulls and on very long rows, the same answer twice."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -18,6 +20,7 @@ STEPS = find_steps()
 # what a recipe must say of each step that has fields without defaults
 NEEDED: dict[str, dict[str, Any]] = {
     "Decontaminate": {"against": ()},
+    "Embedding": {"model": "m"},
     "KMeansQuality": {"budget": 2},
     "PerplexityQuantile": {"model": "m"},
     "PerplexityRange": {"model": "m"},
@@ -48,6 +51,22 @@ class Chat:
         return [ChatAnswer("another answer", 3, 2, True) for _ in requests]
 
 
+class Vectors:
+    digest, dims = "d", 8
+
+    def embed(self, texts: Sequence[str], progress: Any = None) -> np.ndarray:
+        made = np.array([np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.int8) for text in texts])
+        found = made.reshape(len(texts), 8).astype(np.float32)
+        return np.asarray(found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-6), np.float32)
+
+
+class Entailment:
+    digest = "d"
+
+    def probabilities(self, pairs: Sequence[tuple[str, str]], progress: Any = None) -> np.ndarray:
+        return np.full((len(pairs), 3), 1 / 3, np.float32)
+
+
 class Tools:
     def __init__(self, rows: pa.Table) -> None:
         self.rows = rows
@@ -57,6 +76,12 @@ class Tools:
 
     def chat(self, model: str) -> Chat:
         return Chat()
+
+    def embedder(self, model: str) -> Vectors:
+        return Vectors()
+
+    def entailment(self, model: str) -> Entailment:
+        return Entailment()
 
     def digest(self, model: str) -> str:
         return "d"
@@ -71,6 +96,7 @@ class Rows:
     def __init__(self, rows: pa.Table, judge: Any, scratch: Path) -> None:
         self.table, self.rows, self.seed, self.scratch, self.tools = rows, rows.num_rows, 0, scratch, Tools(rows)
         self.needs = getattr(judge, "needs", ())
+        self.kept = scratch
 
     def progress(self, done: int, total: int) -> None:
         assert 0 <= done <= total

@@ -39,7 +39,7 @@ class Letters:
     calls: list[int] = field(default_factory=list, repr=False, compare=False)
     version: ClassVar[int] = 1
     columns: ClassVar[dict[str, pa.DataType]] = {"letters": pa.int32()}
-    model: ClassVar[None] = None
+    models: ClassVar[tuple[str, ...]] = ()
 
     def measure(self, rows: pa.Table, tools: Any, progress: Any) -> pa.Table:
         texts = view(rows, "response")
@@ -88,7 +88,7 @@ class EveryOther:
 class Shout:
     consumes: ClassVar[str | None] = "rewritten"
     scope: ClassVar[str] = "maker"
-    model: ClassVar[None] = None
+    models: ClassVar[tuple[str, ...]] = ()
 
     def make(self, corpus: Corpus) -> Iterator[pa.Table]:
         for rows in corpus.tables():
