@@ -218,10 +218,11 @@ class LiveRows:
         return self.state.tables(columns)
 
     def keep_values(self, pieces: Sequence[pa.Table]) -> None:
-        """Numbers that the judge read, aligned with the rows that came, for deciding again without their text."""
-        numbers = [name for name in (pieces[0].column_names if pieces else ()) if _is_number(pieces[0], name)]
-        if numbers:
-            write_parquet(self.kept / VALUES, pa.concat_tables([piece.select(numbers) for piece in pieces]))
+        """Numbers and names that the judge read, aligned with the rows that came, for deciding again without their
+        text."""
+        plain = [field.name for field in (pieces[0].schema if pieces else ()) if _is_plain(field.type)]
+        if plain:
+            write_parquet(self.kept / VALUES, pa.concat_tables([piece.select(plain) for piece in pieces]))
 
     def values(self, columns: Sequence[str]) -> pa.Table:
         if self.measured is None:
@@ -235,9 +236,8 @@ class LiveRows:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-def _is_number(table: pa.Table, name: str) -> bool:
-    kind = table.schema.field(name).type
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+def _is_plain(kind: pa.DataType) -> bool:
+    return not (pa.types.is_nested(kind) or pa.types.is_null(kind))
 
 
 def held_out_rows(

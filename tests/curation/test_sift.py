@@ -88,7 +88,7 @@ class EveryOther:
 class Shout:
     consumes: ClassVar[str | None] = "rewritten"
     scope: ClassVar[str] = "maker"
-    models: ClassVar[tuple[str, ...]] = ()
+    model: ClassVar[None] = None
 
     def make(self, corpus: Corpus) -> Iterator[pa.Table]:
         for rows in corpus.tables():
