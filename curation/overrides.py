@@ -7,7 +7,7 @@ A kept row comes back whatever dropped it, held-out rows excepted; an edit is a 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -76,24 +76,14 @@ def apply_overrides(
     folder: RunFolder, set_name: str, index: int, before: State, held_out: pa.Array
 ) -> tuple[list[Path], pa.Table, Mask]:
     """Made parts (edits), ledger rows, and the new live mask. The last override of a row wins."""
-    overrides = read_overrides(folder)
-    by_row = {row["row_id"]: row for row in overrides if row["row_id"] is not None}
-    by_content = {row["content_id"]: row for row in overrides if row["content_id"] is not None}
     alive = before.alive.copy()
     fates: list[Fate] = []
     edits: list[dict[str, Any]] = []
-    if overrides:
-        start = 0
-        for part, mask in before.masks():
-            for offset, row, rule in _matches(part, by_row, by_content):
-                fate = _fate(row, rule, bool(mask[offset]), held_out)
-                if fate is None:
-                    continue
-                alive[start + offset] = fate[1]
-                fates.append(fate)
-                if rule["action"] == "edit":
-                    edits.append(_edit(row, rule, len(edits)))
-            start += len(mask)
+    for position, row, rule, fate in overruled(folder, before, held_out):
+        alive[position] = fate[1]
+        fates.append(fate)
+        if rule["action"] == "edit":
+            edits.append(_edit(row, rule, len(edits)))
     parts = []
     if edits:
         parts = [folder.rows / f"made-{set_name}-{index:02d}-00000.parquet"]
@@ -103,6 +93,22 @@ def apply_overrides(
         for row_id, keep, reason, evidence in fates
     ]
     return parts, pa.Table.from_pylist(rows, schema=LEDGER), np.concatenate([alive, np.ones(len(edits), np.bool_)])
+
+
+def overruled(
+    folder: RunFolder, before: State, held_out: pa.Array
+) -> Iterator[tuple[int, dict[str, Any], dict[str, Any], Fate]]:
+    """Each row that an override changes or speaks of: its position in the set, itself, the override, and its fate."""
+    overrides = read_overrides(folder)
+    by_row = {row["row_id"]: row for row in overrides if row["row_id"] is not None}
+    by_content = {row["content_id"]: row for row in overrides if row["content_id"] is not None}
+    start = 0
+    for part, mask in before.masks() if overrides else ():
+        for offset, row, rule in _matches(part, by_row, by_content):
+            fate = _fate(row, rule, bool(mask[offset]), held_out)
+            if fate is not None:
+                yield start + offset, row, rule, fate
+        start += len(mask)
 
 
 def _matches(

@@ -163,7 +163,7 @@ def _do(
         stale.unlink()
     try:
         if isinstance(step, Overrides):
-            held_out = _held_out_ids(folder, plan, index)
+            held_out = held_out_ids(folder, plan, index)
             made, judged, alive = apply_overrides(folder, plan.name, index, before, held_out)
         elif step.scope == "maker":
             made, judged, alive = _make(folder, plan, index, step, live)
@@ -244,14 +244,15 @@ def held_out_rows(
     folder: RunFolder, plan: SetPlan, index: int, state: State, columns: Sequence[str] | None = None
 ) -> Iterator[pa.Table]:
     """Rows that a step before `index` held out, one table per part."""
-    ids = _held_out_ids(folder, plan, index)
+    ids = held_out_ids(folder, plan, index)
     for part in state.parts:
         mask = pc.is_in(pq.read_table(part, columns=["row_id"])["row_id"], value_set=ids)
         if pc.any(mask).as_py():
             yield pq.read_table(part, columns=None if columns is None else list(columns)).filter(mask)
 
 
-def _held_out_ids(folder: RunFolder, plan: SetPlan, index: int) -> pa.Array:
+def held_out_ids(folder: RunFolder, plan: SetPlan, index: int) -> pa.Array:
+    """row_ids of the rows that a step before `index` held out."""
     ids = []
     for earlier, step in enumerate(full_steps(plan)[:index]):
         table = pq.read_table(folder.ledger / plan.name / step_name(earlier, step) / "verdicts.parquet")

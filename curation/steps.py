@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import pyarrow as pa
 
 from .door import ChatModel, Embedder, EntailmentModel, Progress, ResponseScorer
+from .rows import ROW
 
 VERDICT = pa.schema(
     [
@@ -180,6 +181,12 @@ class Maker(Protocol):
 
 
 Step = RowJudge | CorpusJudge | Maker
+
+
+def columns_read(judge: RowJudge) -> tuple[str, ...]:
+    """Columns of ROW that `judge` reads: its `reads`, a ClassVar that a judge of measured values alone sets to (), else
+    all. It is then handed `rows` of the right number without other columns."""
+    return tuple(getattr(judge, "reads", ROW.names))
 
 
 def find_steps() -> dict[str, type[Any]]:

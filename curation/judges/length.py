@@ -23,6 +23,7 @@ class ResponseLength:
     high: int = 2000
 
     scope: ClassVar[Literal["row"]] = "row"
+    reads: ClassVar[tuple[str, ...]] = ()
     score: ClassVar[str | None] = "response_words"
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ class PerplexityRange:
     high: float = 1000.0
 
     scope: ClassVar[Literal["row"]] = "row"
+    reads: ClassVar[tuple[str, ...]] = ()
     score: ClassVar[str | None] = "perplexity"
 
     def __post_init__(self) -> None:
