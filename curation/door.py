@@ -65,10 +65,12 @@ class ResponseScorer(Protocol):
 
     digest: str
 
-    def response_scores(self, rows: pa.Table, progress: Progress | None = None) -> pa.Table:
+    def response_scores(self, rows: pa.Table, progress: Progress | None = None, *, alone: bool = False) -> pa.Table:
         """For each row, in order: `tokens` (int32, trained assistant tokens), `nll` (float64, sum of their negative
-        log-probabilities in nats), `mean_prob` and `min_prob` (float64); all null where nothing could be scored (no
-        assistant turn; longer than the model's context)."""
+        log-probabilities in nats), `mean_prob` and `min_prob` (float64), `prompt_tokens` (int32, before the first of
+        them); all null where nothing could be scored (no assistant turn; longer than the model's context).
+
+        alone: also `alone_nll` (float64): the same tokens after nothing but the opening of an assistant's turn."""
 
 
 class Embedder(Protocol):

@@ -215,6 +215,20 @@ def conversation_ids(
     return [item.ids if isinstance(item, Tokens) else item for item in _tokenise_some(tokenizer, drafts)]
 
 
+def turn_opening(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int32]:
+    """Token ids after which an assistant's turn stands alone, without any prompt: the BOS token where the template
+    writes one, then what the template's generation prompt opens a turn with (ChatML: `<|im_start|>assistant\\n`); the
+    BOS or else the EOS token where that is nothing."""
+    template, ask = Template(tokenizer), [{"role": "user", "content": "?"}]
+    bare, asked = template.render(ask), template.render(ask, prompt=True)
+    text = asked[len(bare) :] if asked.startswith(bare) else ""
+    if tokenizer.bos_token and bare.startswith(tokenizer.bos_token):
+        text = tokenizer.bos_token + text
+    (tokens,) = _tokenise(tokenizer, [_Draft(text)])
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return tokens.ids if len(tokens.ids) else np.asarray([first], np.int32)
+
+
 def _drafts(
     template: Template,
     messages: Sequence[Message],

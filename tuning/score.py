@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..curation.door import Progress
+from ..curation.folder import HouseError
 from ..kernels.logprob import CHUNK_LOGITS, target_logprobs
 from .attention import head, hidden_states
-from .chat import Tokens, tokenise_responses
+from .chat import Tokens, tokenise_responses, turn_opening
 from .forward import context_of
 from .models import load_model, load_tokenizer, model_digest
 from .packing import Pack, build_pack, pack_plan, target_tokens
@@ -33,8 +34,10 @@ SCORES = pa.schema(
         pa.field("nll", pa.float64()),
         pa.field("mean_prob", pa.float64()),
         pa.field("min_prob", pa.float64()),
+        pa.field("prompt_tokens", pa.int32()),
     ]
 )
+ALONE = pa.field("alone_nll", pa.float64())
 
 
 class PackedScorer:
@@ -50,42 +53,66 @@ class PackedScorer:
         self.digest = model_digest(model) + ("" if adapter is None else "+" + model_digest(adapter))
         self._tokenizer = load_tokenizer(model)
         self._model = load_model(model, dtype=dtype, device=device, adapter=adapter)
-        self._context = context_of(self._model.config)
+        self._context = context_of(self._model.config) or np.inf
+        self._opening: NDArray[np.int32] | None = None
 
-    def response_scores(self, rows: pa.Table, progress: Progress | None = None) -> pa.Table:
+    def response_scores(self, rows: pa.Table, progress: Progress | None = None, *, alone: bool = False) -> pa.Table:
         """Scores (schema SCORES) of each row (schema ROW), in order: of `chosen` where there is one, else of the last
         assistant turn, end-of-turn token included. Null where there is none, where the chat template refuses the
-        conversation, and where prompt and response are longer than the model's context."""
+        conversation, and where prompt and response are longer than the model's context.
+
+        alone: adds `alone_nll`, of the same response tokens after `chat.turn_opening` instead of their prompt."""
+        schema = SCORES.append(ALONE) if alone else SCORES
         parts = []
         for start in range(0, rows.num_rows, BATCH_ROWS):
             batch = rows.slice(start, BATCH_ROWS)
-            parts.append(self._scores(batch, progress, start, rows.num_rows))
-        return pa.concat_tables(parts) if parts else SCORES.empty_table()
+            parts.append(self._scores(batch, schema, progress, start, rows.num_rows))
+        return pa.concat_tables(parts) if parts else schema.empty_table()
 
-    def _scores(self, rows: pa.Table, progress: Progress | None, before: int, total: int) -> pa.Table:
-        found = tokenise_responses(self._tokenizer, rows)
-        longest = self._context or np.inf
-        usable = [
-            index
-            for index, item in enumerate(found)
-            if isinstance(item, Tokens) and len(item.ids) <= longest and target_tokens(item)
-        ]
-        examples = [item for item in found if isinstance(item, Tokens)]
-        places = np.cumsum([isinstance(item, Tokens) for item in found]) - 1
-        values: list[tuple[int, float, float, float] | None] = [None] * rows.num_rows
-        done = rows.num_rows - len(usable)
-        for packed, capacity in _plan([len(examples[places[index]].ids) for index in usable]):
-            members = [usable[place] for place in packed]
-            scored = self._pack([examples[places[index]] for index in members], capacity)
-            for index, value in zip(members, scored, strict=True):
-                values[index] = value
-            done += len(members)
+    def _scores(
+        self, rows: pa.Table, schema: pa.Schema, progress: Progress | None, before: int, total: int
+    ) -> pa.Table:
+        alone = ALONE.name in schema.names
+        documents, owners = self._documents(tokenise_responses(self._tokenizer, rows), alone)
+        left = np.bincount(owners, minlength=rows.num_rows)  # documents of each row that are still to be scored
+        found = np.full((len(documents), 4), np.nan)
+        for places, capacity in _plan([len(document.ids) for document in documents]):
+            found[places] = self._pack([documents[place] for place in places], capacity)
+            np.subtract.at(left, owners[places], 1)
             if progress is not None:
-                progress(before + done, total)
-        columns = list(zip(*(value or (None,) * 4 for value in values), strict=True))
-        return pa.table([pa.array(column, field.type) for column, field in zip(columns, SCORES, strict=True)], SCORES)
+                progress(before + int((left == 0).sum()), total)
+        if progress is not None and not documents:
+            progress(before + rows.num_rows, total)
+        whole = found[::2] if alone else found
+        firsts = [int(np.flatnonzero(document.weights)[0]) for document in (documents[::2] if alone else documents)]
+        values = [*whole.T, np.asarray(firsts), *([found[1::2, 1]] if alone else [])]
+        place = np.zeros(rows.num_rows, np.int64)
+        scored = owners[::2] if alone else owners
+        place[scored] = np.arange(len(scored))
+        pick = pa.array(place, mask=np.isin(np.arange(rows.num_rows), scored, invert=True))
+        columns = [pa.array(value).cast(kind.type).take(pick) for value, kind in zip(values, schema, strict=True)]
+        return pa.Table.from_arrays(columns, schema=schema)
 
-    def _pack(self, examples: Sequence[Tokens], capacity: int) -> list[tuple[int, float, float, float]]:
+    def _documents(self, found: Sequence[Tokens | HouseError], alone: bool) -> tuple[list[Tokens], NDArray[np.int64]]:
+        """What is to be scored, and of which row each document is: a row's response after its prompt and, with `alone`,
+        right after it, the response alone."""
+        documents: list[Tokens] = []
+        owners: list[int] = []
+        for row, item in enumerate(found):
+            if isinstance(item, Tokens) and len(item.ids) <= self._context and target_tokens(item):
+                own = [item, self._alone(item)] if alone else [item]
+                documents += own
+                owners += [row] * len(own)
+        return documents, np.asarray(owners, np.int64)
+
+    def _alone(self, tokens: Tokens) -> Tokens:
+        if self._opening is None:
+            self._opening = turn_opening(self._tokenizer)
+        start = int(np.flatnonzero(tokens.weights)[0])
+        weights = np.concatenate([np.zeros(len(self._opening), np.float32), tokens.weights[start:]])
+        return Tokens(np.concatenate([self._opening, tokens.ids[start:]]), weights)
+
+    def _pack(self, examples: Sequence[Tokens], capacity: int) -> NDArray[np.float64]:
         pack = build_pack(examples, range(len(examples)), pad_to=capacity)
         with torch.inference_mode():
             logps = _logps(self._model, pack)
@@ -114,12 +141,11 @@ def _plan(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
     return plan
 
 
-def _by_document(logps: NDArray[np.float64], owners: NDArray[np.int64]) -> list[tuple[int, float, float, float]]:
-    """(tokens, nll, mean_prob, min_prob) of each document; the targets of one lie together."""
+def _by_document(logps: NDArray[np.float64], owners: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(D, 4) tokens, nll, mean_prob and min_prob of each document; the targets of one lie together."""
     starts = np.flatnonzero(np.diff(owners, prepend=-1))
     counts = np.diff(starts, append=len(owners))
     probs = np.exp(logps)
     sums = -np.add.reduceat(logps, starts)
     means = np.add.reduceat(probs, starts) / counts
-    worst = np.minimum.reduceat(probs, starts)
-    return list(zip(counts.tolist(), sums.tolist(), means.tolist(), worst.tolist(), strict=True))
+    return np.stack([counts, sums, means, np.minimum.reduceat(probs, starts)], axis=1)

@@ -21,6 +21,8 @@ STEPS = find_steps()
 NEEDED: dict[str, dict[str, Any]] = {
     "Decontaminate": {"against": ()},
     "Embedding": {"model": "m"},
+    "Grape": {"model": "m"},
+    "Ifd": {"model": "m"},
     "KMeansQuality": {"budget": 2},
     "PerplexityQuantile": {"model": "m"},
     "PerplexityRange": {"model": "m"},
@@ -35,12 +37,15 @@ MAKERS = sorted(name for name, kind in STEPS.items() if getattr(kind, "scope", N
 class Scorer:
     digest = "d"
 
-    def response_scores(self, rows: pa.Table, progress: Any = None) -> pa.Table:
+    def response_scores(self, rows: pa.Table, progress: Any = None, *, alone: bool = False) -> pa.Table:
         size = [len((row["messages"] or [{"content": ""}])[-1]["content"] or "") or None for row in rows.to_pylist()]
         nll = [None if n is None else 2.0 * n for n in size]
         prob = [None if n is None else 0.5 for n in size]
         kinds = {"tokens": pa.int32(), "nll": pa.float64(), "mean_prob": pa.float64(), "min_prob": pa.float64()}
-        columns = {"tokens": size, "nll": nll, "mean_prob": prob, "min_prob": prob}
+        columns = {"tokens": size, "nll": nll, "mean_prob": prob, "min_prob": prob, "prompt_tokens": size}
+        kinds |= {"prompt_tokens": pa.int32()}
+        if alone:
+            columns["alone_nll"], kinds["alone_nll"] = nll, pa.float64()
         return pa.table({name: pa.array(columns[name], kind) for name, kind in kinds.items()})
 
 

@@ -47,32 +47,44 @@ def rows() -> pa.Table:
     return table(row(position, **fields) for position, fields in enumerate(some))
 
 
-def expected(folder: Path, messages: list[dict[str, str]]) -> tuple[int, float, float, float]:
-    """By transformers: the whole conversation's logits, read at the last turn."""
+Scores = tuple[int, float, float, float, int]
+
+
+def expected(folder: Path, messages: list[dict[str, str]], alone: bool = False) -> Scores:
+    """By transformers: the whole conversation's logits, read at the last turn; `alone`: that turn is the whole."""
     tokenizer, model = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder)
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
     whole = tokenizer.apply_chat_template(messages, return_dict=False)
     whole = whole[: len(whole) - whole[::-1].index(tokenizer.eos_token_id)]
+    if alone:
+        opening = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+        whole, prompt = opening + whole[len(prompt) :], opening
     with torch.no_grad():
         logps = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
     told = [logps[at - 1, whole[at]].item() for at in range(len(prompt), len(whole))]
-    return len(told), -sum(told), sum(map(math.exp, told)) / len(told), math.exp(min(told))
+    return len(told), -sum(told), sum(map(math.exp, told)) / len(told), math.exp(min(told)), len(prompt)
 
 
 def test_scores_are_those_of_transformers(folder: Path, scorer: PackedScorer) -> None:
     got = scorer.response_scores(rows()).to_pylist()
+    both = scorer.response_scores(rows(), alone=True).to_pylist()
     turns = [("user", "say 4"), ("assistant", "4 it is"), ("user", "and?"), ("assistant", "5" * 7)]
     chosen = [("user", "say 4"), ("assistant", "good")]
     for at, pairs in ((7, turns), (20, chosen)):
-        want = expected(folder, [{"role": role, "content": content} for role, content in pairs])
-        assert tuple(got[at].values()) == pytest.approx(want, rel=1e-5)
+        messages = [{"role": role, "content": content} for role, content in pairs]
+        assert tuple(got[at].values()) == pytest.approx(expected(folder, messages), rel=1e-5)
+        assert both[at].pop("alone_nll") == pytest.approx(expected(folder, messages, alone=True)[1], rel=1e-5)
+        assert both[at] == got[at]
 
 
 def test_what_cannot_be_scored_is_null(scorer: PackedScorer) -> None:
-    got = scorer.response_scores(rows())
-    assert got.schema == score.SCORES
-    for column in got.columns:
-        assert np.flatnonzero(column.is_null().to_numpy()).tolist() == [21, 22, 23, 24]
+    for alone, schema in ((False, score.SCORES), (True, score.SCORES.append(score.ALONE))):
+        got = scorer.response_scores(rows(), alone=alone)
+        assert got.schema == schema
+        for column in got.columns:
+            assert np.flatnonzero(column.is_null().to_numpy()).tolist() == [21, 22, 23, 24]
+    nothing = scorer.response_scores(rows().slice(21, 4), alone=True)
+    assert nothing.num_rows == 4 and nothing["nll"].null_count == 4
     assert scorer.response_scores(rows().slice(0, 0)).num_rows == 0
 
 
@@ -83,8 +95,11 @@ def test_scores_do_not_depend_on_the_other_rows(scorer: PackedScorer, monkeypatc
     assert scorer.response_scores(rows().take(order)).equals(whole.take(order))
     alone = [scorer.response_scores(rows().slice(at, 1)) for at in range(0, 21, 4)]
     assert pa.concat_tables(alone).equals(whole.take(list(range(0, 21, 4))))
+    both = scorer.response_scores(rows(), alone=True)
+    assert both.drop_columns(["alone_nll"]).equals(whole)
     monkeypatch.setattr(score, "BATCH_ROWS", 3)
     assert scorer.response_scores(rows()).combine_chunks().equals(whole)
+    assert scorer.response_scores(rows().take(order), alone=True).combine_chunks().equals(both.take(order))
 
 
 def test_a_longer_response_has_a_pack_of_its_own() -> None:
