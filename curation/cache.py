@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from .door import Progress
 from .folder import HouseError, RunFolder, write_json, write_parquet
+from .inputs import Informed
 from .rows import digest
 from .steps import Measure, Tools
 
@@ -18,8 +19,9 @@ BLOCK_ROWS = 4096  # rows measured between two writes: what a kill can cost
 
 
 def measure_key(measure: Measure, tools: Tools) -> str:
-    """Folder name of a measure's values: its class and a digest of repr, version and models."""
+    """Folder name of a measure's values: its class and a digest of repr, version, models and input files."""
     weights = [tools.digest(model) for model in measure.models]
+    weights += [measure.inputs()] if isinstance(measure, Informed) else []
     return f"{type(measure).__name__}-{digest(repr(measure), str(measure.version), *weights)[:12]}"
 
 
