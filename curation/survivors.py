@@ -71,8 +71,16 @@ def json_column(fields: Mapping[str, pa.Array]) -> pa.Array:
     return pc.binary_join_element_wise("{", pc.binary_join_element_wise(*pieces, ", ", null_handling="skip"), "}", "")
 
 
-def drops(rows: int, dropped: Ints, reason: str, score: npt.NDArray[np.float64], evidence: pa.Array) -> pa.Table:
-    """Verdicts (schema VERDICT) of `rows` rows of which `dropped` (ascending) go, with their scores and evidence."""
+def drops(
+    rows: int,
+    dropped: Ints,
+    reason: str | Sequence[str],
+    score: Sequence[float | None] | npt.NDArray[np.float64],
+    evidence: pa.Array,
+) -> pa.Table:
+    """Verdicts (schema VERDICT) of `rows` rows of which `dropped` (ascending) go, with their reasons (one for all, or
+    one each), scores and evidence."""
+    reasons = [reason] * len(dropped) if isinstance(reason, str) else list(reason)
     keep = np.ones(rows, np.bool_)
     keep[dropped] = False
     where = np.zeros(rows, np.int64)
@@ -80,7 +88,7 @@ def drops(rows: int, dropped: Ints, reason: str, score: npt.NDArray[np.float64],
     pick = pa.array(where, mask=keep)
     columns: Sequence[pa.Array] = [
         pa.array(keep),
-        pa.array([reason] * len(dropped), pa.string()).take(pick),
+        pa.array(reasons, pa.string()).take(pick),
         pa.array(score, pa.float64()).take(pick),
         evidence.cast(pa.string()).take(pick),
     ]

