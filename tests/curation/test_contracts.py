@@ -19,7 +19,6 @@ from gristmill.curation.steps import VERDICT, find_steps
 STEPS = find_steps()
 # what a recipe must say of each step that has fields without defaults
 NEEDED: dict[str, dict[str, Any]] = {
-    "Decontaminate": {"against": ()},
     "Embedding": {"model": "m"},
     "Grape": {"model": "m"},
     "Ifd": {"model": "m"},

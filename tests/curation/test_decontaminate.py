@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gristmill.curation import overlap
+from gristmill.curation.benchmark_sets import EvaluationSet
 from gristmill.curation.folder import HouseError
-from gristmill.curation.judges import decontaminate as room
-from gristmill.curation.judges.decontaminate import Decontaminate, fields_of, original
+from gristmill.curation.judges.decontaminate import Decontaminate
+from gristmill.curation.overlap import passages, read_index
 from gristmill.curation.reading.source import Source, Unreadable, iter_rows
 from gristmill.curation.rows import ROW, message, table
 from gristmill.curation.steps import VERDICT, CorpusJudge
@@ -32,13 +35,16 @@ QUESTION = (
 ANSWER = "Janet sells 16 - 3 - 4 = 9 duck eggs a day. She makes 9 * 2 = 18 dollars every day at the market."
 
 
+KEPT = tempfile.TemporaryDirectory()
+
+
 @dataclass
 class Given:
     """A corpus of rows that lie in memory."""
 
     parts: list[pa.Table]
     seed: int = 0
-    scratch: Path = Path()
+    kept: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(dir=KEPT.name)))
     tools: Any = None
     seen: list[tuple[int, int]] = field(default_factory=list)
 
@@ -98,16 +104,19 @@ def test_planted_items_are_found_and_shown(evaluation: Write, make_row: Make) ->
     ]
     found = judged(Decontaminate((path,)), rows)
     assert [row["keep"] for row in found] == [False, False, False, True, False]
-    assert [row["reason"] for row in found] == ["contaminated"] * 3 + [None, "contaminated"]
-    assert [row["score"] for row in found] == [1, 1, 1, 0, 0.5]
+    assert [row["reason"] for row in found] == ["contaminated"] * 3 + [None, "contaminated_ngram13"]
+    assert [row["score"] for row in found] == [1, 1, 1, None, None]
     said = words(QUESTION)
     for row, matched in zip(found[:3], (QUESTION[:-1], loud, QUESTION[:-1]), strict=True):
         assert row["evidence"] | {"matched": ""} == {
-            "set": "ducks", "item": 1, "rule": "coverage", "coverage": 1.0, "words": len(said), "matched": "",
+            "set": "ducks", "item": 1, "rule": "coverage", "threshold": 0.5, "coverage": 1.0, "words": len(said),
+            "matched": "",
         }  # fmt: skip
         assert row["evidence"]["matched"] == matched.rstrip("!?")
     assert found[3]["evidence"] is None
-    assert (found[4]["evidence"]["rule"], found[4]["evidence"]["matched"]) == ("overlap", ANSWER[:-1])
+    proof = found[4]["evidence"]
+    assert (proof["rule"], proof["threshold"], proof["matched"]) == ("ngram13", 13, ANSWER[:-1])
+    assert proof["coverage"] == 0.5  # of prompt and answer the one
 
 
 def test_half_copied_items_by_threshold(evaluation: Write, make_row: Make) -> None:
@@ -117,11 +126,11 @@ def test_half_copied_items_by_threshold(evaluation: Write, make_row: Make) -> No
     shares = [n / 20 if n >= 8 else 0 for n in range(21)]
     for coverage in (0.0, 0.5, 0.55, 0.9):
         found = judged(Decontaminate((path,), coverage=coverage, overlap=0), rows)
-        assert [row["score"] for row in found] == pytest.approx(shares)
+        assert [row["score"] or 0 for row in found] == pytest.approx(shares)
         assert [row["keep"] for row in found] == [share <= coverage for share in shares]
     found = judged(Decontaminate((path,), coverage=1.0), rows)
     assert [row["keep"] for row in found] == [n < 13 for n in range(21)]
-    assert {row["evidence"]["rule"] for row in found if row["evidence"]} == {"overlap"}
+    assert {row["evidence"]["rule"] for row in found if row["evidence"]} == {"ngram13"}
     scattered = make_row("s", 0, " x ".join(" ".join(said[n : n + 8]) for n in (0, 6, 12)), "so it is")
     (found_one,) = judged(Decontaminate((path,)), [scattered])  # three runs of 8, overlapping in the item
     assert found_one["score"] == 1.0 and found_one["evidence"]["words"] == 8
@@ -150,9 +159,7 @@ def test_every_part_of_a_row_is_looked_at(evaluation: Write, make_row: Make) -> 
 
 def test_fields_of_an_item(evaluation: Write) -> None:
     def of(record: dict[str, Any]) -> list[tuple[int, int]]:
-        (row,) = iter_rows(Source("e", evaluation(record), ""))
-        assert not isinstance(row, Unreadable)
-        return [(kind, len(said)) for kind, said in fields_of(row)]
+        return looked_for(EvaluationSet(evaluation(record)))
 
     twelve, thirteen = " ".join("abcdefghijkl"), " ".join("abcdefghijklm")
     assert of({"question": twelve, "answer": twelve}) == [(0, 12)]
@@ -160,6 +167,11 @@ def test_fields_of_an_item(evaluation: Write) -> None:
     assert of({"question": twelve, "A": "x", "B": "y", "answer": "A"}) == [(0, 16)]
     assert of({"question": thirteen, "A": "x", "B": "y", "answer": "A"}) == [(0, 17), (0, 13)]
     assert of({"text": thirteen}) == [(0, 13)]
+
+
+def looked_for(one: EvaluationSet) -> list[tuple[int, int]]:
+    table = read_index((one,), 8).table
+    return list(zip(table.kind.tolist(), table.length.tolist(), strict=True))
 
 
 def naive(item: list[str], row: list[str], n: int) -> tuple[float, int]:
@@ -185,8 +197,8 @@ def test_against_a_naive_oracle(
     colliding: bool, evaluation: Write, make_row: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if colliding:
-        monkeypatch.setattr(room, "_mix", lambda values: np.zeros_like(values))
-    monkeypatch.setattr(room, "_BLOCK", 7)
+        monkeypatch.setattr(overlap, "word_factors", lambda n: np.zeros(n, np.uint64))
+    monkeypatch.setattr(overlap, "BLOCK", 1 << 8)
     draw = random.Random(1)
     letters = "abc"
     items = [[draw.choice(letters) for _ in range(draw.randint(2, 16))] for _ in range(12)]
@@ -197,15 +209,18 @@ def test_against_a_naive_oracle(
     kept = 0
     for text, row in zip(texts, found, strict=True):
         truth = {number: naive(item, text, 5) for number, item in enumerate(items) if len(item) >= 4}
-        assert row["score"] == pytest.approx(max(share for share, _ in truth.values()))
+        most = max(share for share, _ in truth.values())
         bad = {number for number, (share, run) in truth.items() if share > 0.6 or run >= 7}
         assert row["keep"] == (not bad)
         kept += row["keep"]
+        assert (row["score"] or 0) == pytest.approx(0 if row["reason"] == "contaminated_ngram7" else most)
         if bad:
             share, run = truth[row["evidence"]["item"]]
             assert row["evidence"]["coverage"] == pytest.approx(share, abs=1e-4)
             assert row["evidence"]["words"] == run and f" {row['evidence']['matched']} " in f" {' '.join(text)} "
-            assert share == max(truth[number][0] for number in bad)
+            by_share = row["reason"] == "contaminated"
+            assert by_share == (most > 0.6) and row["evidence"]["rule"] == ("coverage" if by_share else "ngram7")
+            assert share == most if by_share else run == max(found_run for _, found_run in truth.values())
     assert 5 < kept < 55
 
 
@@ -218,9 +233,10 @@ def test_parts_do_not_matter(evaluation: Write, make_row: Make) -> None:
     assert parts.seen[-1] == (20, 20)
 
 
-def test_original_words() -> None:
-    assert original("One, TWO — three.", 1, 2) == "TWO — three"
-    assert original("ﬁne İstanbul x", 1, 3) == "i stanbul x"  # İ folds to i and a combining dot: two words
+def test_passages_are_the_words_as_written() -> None:
+    texts = pa.array(["One, TWO — three.", "ﬁne İstanbul x", "日本語 text", "…"], pa.large_string())
+    first, count = np.array([1, 1, 1, 0]), np.array([2, 2, 3, 1])
+    assert passages(texts, first, count) == ["TWO — three", "İstanbul", "本語 text", ""]
 
 
 def test_what_is_refused(evaluation: Write, tmp_path: Path) -> None:
@@ -237,9 +253,10 @@ def test_what_is_refused(evaluation: Write, tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
-from gristmill.curation.judges.decontaminate import Decontaminate, read_index
-index = read_index((sys.argv[1],), 8)
-print([grams.hashes.tolist() for grams in index.grams], list(index.vocabulary))
+import tempfile
+from gristmill.curation.benchmark_sets import EvaluationSet
+from gristmill.curation.overlap import read_index
+print(read_index((EvaluationSet(sys.argv[1]),), 8).table.hashes.tolist())
 """
 
 
