@@ -14,12 +14,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. temperature 0 is greedy; `max_tokens` counts new tokens; top_p is nucleus sampling."""
+    """How to sample. temperature 0 is greedy; `max_tokens` counts new tokens; top_p is nucleus sampling. options: short
+    texts, such as digits, whose log-probabilities as the answer's beginning are wanted."""
 
     temperature: float = 0.8
     top_p: float = 0.95
     max_tokens: int = 128
     logprobs: bool = False
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class ChatAnswer:
     tokens: int
     finished: bool  # ended by its own end-of-turn token, not cut by max_tokens
     logprobs: tuple[float, ...] | None = None
+    options: tuple[float, ...] | None = None  # of the request's options, in order; None where the door cannot tell
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..curation.door import ChatModel, Progress, ResponseScorer
+from ..curation.door import ChatModel, EntailmentModel, Progress, ResponseScorer
 from ..curation.folder import HouseError, RunFolder
 from ..curation.ledger import State
 from ..curation.rows import digest as digest_of
@@ -120,6 +120,13 @@ class Workshop:
         chat: ChatModel = self._kept(f"chat {model}", lambda: TransformersChat(*self.where(model)))
         chat.name = model  # as the recipe calls it, not where it lies
         return chat
+
+    def entailment(self, model: str) -> EntailmentModel:
+        with interrupts_wait():
+            from ..tuning.entail import CrossEncoder
+
+        nli: EntailmentModel = self._kept(f"entailment {model}", lambda: CrossEncoder(self.base_folder(model)))
+        return nli
 
     def _kept(self, key: str, make: Any) -> Any:
         if self.loaded is None or self.loaded[0] != key:

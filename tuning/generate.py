@@ -34,8 +34,10 @@ class _Live:
     limit: int  # new tokens at most
     draws: Tensor  # (limit,) fp64 uniform in [0, 1)
     sampling: Sampling
+    options: list[int] = field(default_factory=list)  # first tokens of sampling.options
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    told: tuple[float, ...] = ()  # log-probabilities of `options`
 
 
 class TransformersChat:
@@ -107,7 +109,14 @@ class TransformersChat:
         if room <= 0:
             return ChatAnswer("", len(ids), 0, False, () if sampling.logprobs else None)
         generator = torch.Generator().manual_seed(request.seed % 2**63)
-        return _Live(place, ids.tolist(), room, torch.rand(room, generator=generator, dtype=torch.float64), sampling)
+        draws = torch.rand(room, generator=generator, dtype=torch.float64)
+        return _Live(place, ids.tolist(), room, draws, sampling, self._first_tokens(sampling.options))
+
+    def _first_tokens(self, options: tuple[str, ...]) -> list[int]:
+        """The first token of each option; none of them where two begin alike, so that nothing could tell them apart."""
+        found = [self._tokenizer(option, add_special_tokens=False)["input_ids"][:1] for option in options]
+        firsts = [token for ids in found for token in ids]
+        return firsts if len(set(firsts)) == len(options) else []
 
     def _generate(self, group: list[_Live]) -> None:
         """Fills `tokens` and `logps` of every request of the group."""
@@ -150,6 +159,9 @@ class TransformersChat:
             logps = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
             for live, logp in zip(group, logps, strict=True):
                 live.logps.append(logp)
+        if step == 0 and any(live.options for live in group):
+            for live, told in zip(group, logits.log_softmax(-1), strict=True):
+                live.told = tuple(told[live.options].tolist())
         for live, token in zip(group, tokens.tolist(), strict=True):
             live.tokens.append(token)
         return tokens
@@ -158,7 +170,7 @@ class TransformersChat:
         finished = live.tokens[-1] in self._ends
         text = self._tokenizer.decode(live.tokens[: len(live.tokens) - finished], skip_special_tokens=True)
         logps = tuple(live.logps) if live.sampling.logprobs else None
-        return ChatAnswer(str(text), len(live.prompt), len(live.tokens), finished, logps)
+        return ChatAnswer(str(text), len(live.prompt), len(live.tokens), finished, logps, live.told or None)
 
 
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, draws: Tensor) -> Tensor:

@@ -19,10 +19,14 @@ from gristmill.curation.steps import VERDICT, find_steps
 STEPS = find_steps()
 # what a recipe must say of each step that has fields without defaults
 NEEDED: dict[str, dict[str, Any]] = {
+    "Confidence": {"model": "m", "nli": "n"},
+    "ConfidenceFilter": {"of": STEPS["Confidence"](model="m", nli="n")},
     "Embedding": {"model": "m"},
     "Grape": {"model": "m"},
     "Ifd": {"model": "m"},
+    "JudgeScores": {"model": "m"},
     "KMeansQuality": {"budget": 2},
+    "PairPreference": {"model": "m"},
     "PerplexityQuantile": {"model": "m"},
     "PerplexityRange": {"model": "m"},
     "PreferenceFromModel": {"model": "m"},
