@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 from .cache import attempt, measure_key, measured, stored
 from .door import Progress
 from .folder import HouseError, RunFolder, read_json
+from .judging import KEPT, VALUES
 from .ledger import Mask, State, StepRecord, load_state, source_parts
 from .overrides import Overrides, overruled
-from .sift import KEPT, VALUES, AnyStep, SetPlan, full_steps, held_out_ids, held_out_rows, step_name
+from .sift import AnyStep, SetPlan, full_steps, held_out_ids, held_out_rows, step_name
 from .steps import Corpus, CorpusJudge, Measure, RowJudge, Tools, columns_read
 
 JUDGE_ERROR = "judge_error"

@@ -1,11 +1,12 @@
 """A run's folder: where things lie, and how a file or folder appears whole or not at all."""
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,28 @@ class RunFolder:
         return self.root / name
 
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no room, no quota, larger than a file may be
+GROUP_ROWS = 2**20  # rows of a row group of a long Parquet file; pyarrow's own measure
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Turns a full disk inside the block into a HouseError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise HouseError(
+            f"cannot write {path}: {os.strerror(error.errno)}. Make room on that disk and run the same command again"
+            " (what is finished stands), or choose another --out"
+        ) from error
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, moved into place when the block ends well and removed when it does not."""
+    """Yields a temporary path beside `path`, moved into place when the block ends well and removed when it does not. A
+    HouseError where the disk is full."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -51,7 +71,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with room_for(path):
+            yield temporary
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
@@ -60,14 +81,16 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, moved into place (replacing an old one) when the block ends well."""
+    """Yields a temporary folder beside `path`, moved into place (replacing an old one) when the block ends well. A
+    HouseError where the disk is full."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     except OSError as error:
         raise HouseError(f"cannot write in {path.parent}: {error.strerror}. Choose another --out.") from error
     try:
-        yield temporary
+        with room_for(path):
+            yield temporary
         os.chmod(temporary, 0o755)
         if path.exists():
             shutil.rmtree(path)
@@ -113,7 +136,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_parquet(path: Path, table: pa.Table) -> None:
+def write_parquet(path: Path, table: pa.Table, group_rows: int = GROUP_ROWS) -> None:
     """`table` as zstd Parquet, whole or not at all; equal tables give equal bytes."""
     with whole_file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", row_group_size=group_rows)
+
+
+@contextmanager
+def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """Yields a function that takes tables of `schema`; together they become `path`, the same bytes however the rows
+    were parted among them. Holds at most GROUP_ROWS rows and one table."""
+    waiting: list[pa.Table] = []
+
+    with whole_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+
+        def flush(least: int) -> None:
+            whole = pa.concat_tables(waiting)
+            while whole.num_rows >= least and whole.num_rows:
+                writer.write_table(whole.slice(0, GROUP_ROWS).combine_chunks(), row_group_size=GROUP_ROWS)
+                whole = whole.slice(GROUP_ROWS)
+            waiting[:] = [whole]
+
+        def write(table: pa.Table) -> None:
+            waiting.append(table)
+            if sum(one.num_rows for one in waiting) >= GROUP_ROWS:
+                flush(GROUP_ROWS)
+
+        yield write
+        if waiting:
+            flush(1)

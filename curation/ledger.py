@@ -5,8 +5,7 @@ order) and step.json, written last. A folder without step.json is not finished a
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,15 +91,27 @@ def ledger_rows(row_ids: pa.ChunkedArray, judged: pa.Table, *, keep_scores: bool
     return table.filter(worth).cast(LEDGER)
 
 
-def reasons(table: pa.Table) -> dict[str, int]:
+def read_verdicts(step: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The ledger rows of a finished step, a row group at a time."""
+    with pq.ParquetFile(step / "verdicts.parquet") as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=list(columns))
+
+
+def reasons(tables: Iterable[pa.Table]) -> dict[str, int]:
     """Dropped rows by reason, the commonest first."""
-    counted = Counter(table.filter(pc.invert(table["keep"]))["reason"].to_pylist())
-    return {str(reason): count for reason, count in sorted(counted.items(), key=lambda item: (-item[1], str(item[0])))}
+    counted: dict[str, int] = {}
+    for table in tables:
+        for item in pc.value_counts(table.filter(pc.invert(table["keep"]))["reason"]).to_pylist():
+            reason = str(item["values"])
+            counted[reason] = counted.get(reason, 0) + item["counts"]
+    return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
 
 
 def check_conservation(where: str, came: int, made: int, kept: int, step: Path, total: int) -> int:
     """Number of dropped rows, from what lies on disk; a HouseError unless came + made = kept + dropped there."""
-    dropped = int(pc.sum(pc.invert(pq.read_table(step / "verdicts.parquet")["keep"])).as_py() or 0)
+    keeps = (table["keep"] for table in read_verdicts(step, ["keep"]))
+    dropped = sum(len(keep) - (pc.sum(keep).as_py() or 0) for keep in keeps)
     bits = int(np.unpackbits(np.load(step / "alive.npy"), count=total).sum())
     if came + made != kept + dropped or bits != kept:
         raise HouseError(
@@ -113,18 +124,20 @@ def check_conservation(where: str, came: int, made: int, kept: int, step: Path, 
 def ledger_digest(folder: RunFolder, set_name: str) -> str:
     """sha256 over every verdict and every live bit of a set, in step order."""
     state = hashlib.sha256()
-    for step in _finished_steps(folder, set_name):
+    for step in step_folders(folder, set_name):
         for name in ("verdicts.parquet", "alive.npy"):
             state.update(f"{step.name}/{name}".encode())
-            state.update((step / name).read_bytes())
+            with (step / name).open("rb") as file:
+                while piece := file.read(2**20):
+                    state.update(piece)
     return state.hexdigest()
 
 
 def records(folder: RunFolder, set_name: str) -> list[StepRecord]:
     """Records of the set's finished steps, in order."""
-    return [read_json(step / "step.json") for step in _finished_steps(folder, set_name)]
+    return [read_json(step / "step.json") for step in step_folders(folder, set_name)]
 
 
-def _finished_steps(folder: RunFolder, set_name: str) -> list[Path]:
+def step_folders(folder: RunFolder, set_name: str) -> list[Path]:
     """Folders of the finished steps in order; what a killed run left half-written begins with a dot and is none."""
     return [path.parent for path in sorted((folder.ledger / set_name).glob("[0-9]*/step.json"))]

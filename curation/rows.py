@@ -53,6 +53,7 @@ ROW = pa.schema(
 )
 CONTENT = ("messages", "chosen", "rejected", "label", "text", "tools", "spans")
 PART_ROWS = 50_000
+PART_GROUP = 10_000  # rows of a row group: what one worker reads at a time
 
 
 def digest(*pieces: str) -> str:

@@ -3,7 +3,6 @@
 `advance` does one step or finds it done: a killed run goes on where the last marker stands and ends in the same bytes.
 """
 
-import json
 import shutil
 import tempfile
 import time
@@ -19,11 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .cache import attempt, measure_key, measured
+from .cache import Taken, measure_key
 from .door import Progress
-from .folder import HouseError, RunFolder, read_json, whole_folder, write_json, write_parquet
+from .folder import HouseError, RunFolder, parquet_writer, read_json, whole_folder, write_json, write_parquet
 from .judges.gates import HeldOut, Trainable, is_held_out, untrainable
 from .judges.near_held_out import NearHeldOut
+from .judging import KEPT, Write, judge
+from .keys import Found, keys_of
 from .ledger import (
     LEDGER,
     Mask,
@@ -32,16 +33,16 @@ from .ledger import (
     check_conservation,
     ledger_rows,
     load_state,
+    read_verdicts,
     reasons,
     save_alive,
     source_parts,
 )
 from .overrides import Overrides, apply_overrides
-from .rows import ROW, digest
+from .pool import INLINE, Pool
+from .rows import PART_GROUP, ROW, digest
 from .steps import CorpusJudge, Maker, RowJudge, Tools, verdicts
 from .text import prompt_of
-
-KEPT, VALUES = "kept", "values.parquet"  # below a step's folder
 
 AnyStep = RowJudge | CorpusJudge | Maker | Overrides
 FAULT = pa.schema(
@@ -103,9 +104,11 @@ def begin(folder: RunFolder, plan: SetPlan) -> None:
     )
 
 
-def advance(folder: RunFolder, plan: SetPlan, index: int, tools: Tools, progress: Progress) -> StepRecord:
+def advance(
+    folder: RunFolder, plan: SetPlan, index: int, tools: Tools, progress: Progress, pool: Pool = INLINE
+) -> StepRecord:
     """Does step `index` of the plan, or finds it done (record["cached"]). A HouseError when rows are not conserved or
-    none is left."""
+    none is left. The record and the ledger are the same whatever the pool."""
     step = full_steps(plan)[index]
     home = folder.ledger / plan.name / step_name(index, step)
     record = _finished(folder, home, step)
@@ -116,8 +119,12 @@ def advance(folder: RunFolder, plan: SetPlan, index: int, tools: Tools, progress
         with whole_folder(home) as work:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always", UserWarning)
-                record = _do(folder, plan, index, step, before, work, tools, progress)
-            record["notes"] = [str(note.message) for note in said if note.category is UserWarning]
+                live = LiveRows(folder, plan, index, before, tools, progress, work, pool)
+                try:
+                    record = _do(step, live, work)
+                finally:
+                    live.close()
+            record["notes"] = list(dict.fromkeys(str(note.message) for note in said if note.category is UserWarning))
             record["seconds"] = round(time.monotonic() - started, 3)
             write_json(work / "step.json", record)
         record = record | {"cached": False}
@@ -147,47 +154,48 @@ def _finished(folder: RunFolder, home: Path, step: AnyStep) -> StepRecord | None
     return None if stale or record["judge"] != repr(step) else record | {"cached": True}
 
 
-def _do(
-    folder: RunFolder,
-    plan: SetPlan,
-    index: int,
-    step: AnyStep,
-    before: State,
-    work: Path,
-    tools: Tools,
-    progress: Progress,
-) -> StepRecord:
+def _do(step: AnyStep, live: "LiveRows", work: Path) -> StepRecord:
     """Runs the step, writes its ledger into `work`, checks conservation, and returns the record."""
-    live = LiveRows(folder, plan, index, before, tools, progress, work)
+    folder, plan, index, before = live.folder, live.plan, live.index, live.state
     for stale in folder.rows.glob(f"made-{plan.name}-{index:02d}-*.parquet"):
         stale.unlink()
-    try:
+    made: list[Path] = []
+    with parquet_writer(work / "verdicts.parquet", LEDGER) as write:
         if isinstance(step, Overrides):
             held_out = held_out_ids(folder, plan, index)
-            made, judged, alive = apply_overrides(folder, plan.name, index, before, held_out)
+            made, fates, alive = apply_overrides(folder, plan.name, index, before, held_out)
+            write(fates)
         elif step.scope == "maker":
-            made, judged, alive = _make(folder, plan, index, step, live)
+            made, alive = _make(step, live, write)
         else:
-            made, (judged, alive) = [], _judge(folder, step, live)
-    finally:
-        live.close()
+            alive = _judge(step, live, write)
     where = f"step {index} {type(step).__name__} of set {plan.name}"
     after = before.grown(made, alive)
-    write_parquet(work / "verdicts.parquet", judged)
     save_alive(work / "alive.npy", alive)
-    added = sum(after.sizes) - sum(before.sizes) + judged.filter(pc.equal(judged["reason"], "override_keep")).num_rows
+    added = sum(after.sizes) - sum(before.sizes) + (_brought_back(work) if isinstance(step, Overrides) else 0)
     dropped = check_conservation(where, before.rows, added, after.rows, work, len(alive))
     judge = step if step.scope == "row" or step.scope == "corpus" else None
+    keys = [] if judge is None else [measure_key(measure, live.tools) for measure in judge.needs]
     return {
         "set": plan.name, "step": index, "name": type(step).__name__, "judge": repr(step), "scope": step.scope,
-        "came": before.rows, "made": added, "kept": after.rows, "dropped": dropped, "reasons": reasons(judged),
+        "came": before.rows, "made": added, "kept": after.rows, "dropped": dropped,
+        "reasons": reasons(read_verdicts(work, ["keep", "reason"])),
         "score": None if judge is None else judge.score,
         "limits": [None, None] if judge is None else list(judge.limits()),
-        "measures": [] if judge is None else [measure_key(m, tools) for m in judge.needs],
+        "measures": keys,
+        "measured": {key: taken.measured for key, taken in zip(keys, live.taken, strict=False)},
+        "reused": {key: taken.reused for key, taken in zip(keys, live.taken, strict=False)},
         "made_parts": [part.name for part in made],
         "emptied_sources": _emptied(before, after),
         "inputs": step.digest(folder) if isinstance(step, Overrides) else "",
     }  # fmt: skip
+
+
+def _brought_back(work: Path) -> int:
+    """Rows that were dropped before and that a person's override keeps."""
+    return sum(
+        pc.sum(pc.equal(table["reason"], "override_keep")).as_py() or 0 for table in read_verdicts(work, ["reason"])
+    )
 
 
 class LiveRows:
@@ -201,13 +209,16 @@ class LiveRows:
         state: State,
         tools: Tools,
         progress: Progress,
-        kept: Path,
+        work: Path,
+        pool: Pool,
     ) -> None:
         self.folder, self.plan, self.index, self.state = folder, plan, index, state
-        self.tools, self.progress, self._kept = tools, progress, kept / KEPT
+        self.tools, self.progress, self.pool, self._kept = tools, progress, pool, work / KEPT
         self.rows, self.seed = state.rows, plan.seed
-        self.scratch = Path(tempfile.mkdtemp(prefix=f"gristmill-{plan.name}-"))
+        # beside the run, where there is room, and swept away with what else a killed run leaves
+        self.scratch = Path(tempfile.mkdtemp(prefix=f".{plan.name}-", suffix=".tmp", dir=folder.root))
         self.measured: pa.Table | None = None
+        self.taken: list[Taken] = []
 
     @property
     def kept(self) -> Path:
@@ -216,13 +227,6 @@ class LiveRows:
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         return self.state.tables(columns)
-
-    def keep_values(self, pieces: Sequence[pa.Table]) -> None:
-        """Numbers and names that the judge read, aligned with the rows that came, for deciding again without their
-        text."""
-        plain = [field.name for field in (pieces[0].schema if pieces else ()) if _is_plain(field.type)]
-        if plain:
-            write_parquet(self.kept / VALUES, pa.concat_tables([piece.select(plain) for piece in pieces]))
 
     def values(self, columns: Sequence[str]) -> pa.Table:
         if self.measured is None:
@@ -236,127 +240,36 @@ class LiveRows:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-def _is_plain(kind: pa.DataType) -> bool:
-    return not (pa.types.is_nested(kind) or pa.types.is_null(kind))
-
-
 def held_out_rows(
     folder: RunFolder, plan: SetPlan, index: int, state: State, columns: Sequence[str] | None = None
 ) -> Iterator[pa.Table]:
     """Rows that a step before `index` held out, one table per part."""
-    ids = held_out_ids(folder, plan, index)
-    for part in state.parts:
-        mask = pc.is_in(pq.read_table(part, columns=["row_id"])["row_id"], value_set=ids)
-        if pc.any(mask).as_py():
-            yield pq.read_table(part, columns=None if columns is None else list(columns)).filter(mask)
+    held = Found.of(keys_of(held_out_ids(folder, plan, index)))
+    for part in state.parts if len(held) else ():
+        mask = held.places(keys_of(pq.read_table(part, columns=["row_id"])["row_id"])) >= 0
+        if mask.any():
+            yield pq.read_table(part, columns=None if columns is None else list(columns)).filter(pa.array(mask))
 
 
 def held_out_ids(folder: RunFolder, plan: SetPlan, index: int) -> pa.Array:
     """row_ids of the rows that a step before `index` held out."""
-    ids = []
+    ids = [pa.array([], pa.string())]
     for earlier, step in enumerate(full_steps(plan)[:index]):
-        table = pq.read_table(folder.ledger / plan.name / step_name(earlier, step) / "verdicts.parquet")
-        ids.append(table.filter(pc.equal(table["reason"], "held_out"))["row_id"])
-    return pa.concat_arrays([chunk for column in ids for chunk in column.chunks] or [pa.array([], pa.string())])
+        home = folder.ledger / plan.name / step_name(earlier, step)
+        if "held_out" in read_json(home / "step.json")["reasons"]:
+            for table in read_verdicts(home, ["row_id", "reason"]):
+                ids += table.filter(pc.equal(table["reason"], "held_out"))["row_id"].chunks
+    return pa.concat_arrays(ids)
 
 
-def _judge(folder: RunFolder, step: RowJudge | CorpusJudge, live: LiveRows) -> tuple[pa.Table, Mask]:
-    """Ledger rows and the new live mask of a row judge or a corpus judge."""
+def _judge(step: RowJudge | CorpusJudge, live: "LiveRows", write: Write) -> Mask:
+    """The new live mask after a row judge or a corpus judge; its ledger rows go to `write`."""
     faults: list[dict[str, Any]] = []
-    if step.scope == "row":
-        pieces = list(_judge_parts(folder, step, live, faults))
-    else:
-        pieces = [_judge_corpus(folder, step, live, faults)]
-    _quarantine(folder, live.plan, live.index, step, faults)
+    kept = judge(step, live, write, faults)
+    _quarantine(live.folder, live.plan, live.index, step, faults)
     alive = live.state.alive.copy()
-    kept = [table["keep"].to_numpy() for table, _ in pieces]
-    alive[np.flatnonzero(alive)] = np.concatenate(kept) if kept else np.array([], dtype=np.bool_)
-    stored = [ledger_rows(ids, table, keep_scores=step.score is None) for table, ids in pieces]
-    return pa.concat_tables([LEDGER.empty_table(), *stored]), alive
-
-
-def _judge_parts(
-    folder: RunFolder, step: RowJudge, live: LiveRows, faults: list[dict[str, Any]]
-) -> Iterator[tuple[pa.Table, pa.ChunkedArray]]:
-    done = 0
-    seen: list[pa.Table] = []
-    for rows in live.tables():
-        values, errors = _values(folder, step, rows, live)
-        seen.append(values)
-        index = pa.table({"index": pa.array(np.arange(rows.num_rows))})
-
-        def judge(piece: pa.Table, rows: pa.Table = rows, values: pa.Table = values) -> pa.Table:
-            start = piece["index"][0].as_py()
-            return step.judge(rows.slice(start, piece.num_rows), values.slice(start, piece.num_rows))
-
-        judged, failed = attempt(judge, index, type(step).__name__)
-        judged, ids = _with_errors(judged, rows, {**errors, **failed}, step, faults)
-        done += rows.num_rows
-        live.progress(done, live.rows)
-        yield judged, ids
-    live.keep_values(seen)
-
-
-def _judge_corpus(
-    folder: RunFolder, step: CorpusJudge, live: LiveRows, faults: list[dict[str, Any]]
-) -> tuple[pa.Table, pa.ChunkedArray]:
-    """A corpus judge over all live rows; rows that a measure failed on come as nulls and are dropped as judge_error."""
-    ids = pa.concat_tables(list(live.tables(["row_id"])) or [pa.table({"row_id": pa.array([], pa.string())})])
-    errors: dict[int, str] = {}
-    if step.needs:
-        pieces, offset = [], 0
-        for rows in live.tables():
-            values, failed = _values(folder, step, rows, live)
-            errors |= {offset + index: trace for index, trace in failed.items()}
-            pieces.append(values)
-            offset += rows.num_rows
-        live.measured = pa.concat_tables(pieces) if pieces else None
-        live.keep_values(pieces)
-    judged = step.judge(live) if live.rows else verdicts([])
-    if judged.num_rows != ids.num_rows:
-        raise HouseError(f"{step!r} gave {judged.num_rows} verdicts for {ids.num_rows} rows")
-    return _with_errors(judged, ids, errors, step, faults)
-
-
-def _values(
-    folder: RunFolder, step: RowJudge | CorpusJudge, rows: pa.Table, live: LiveRows
-) -> tuple[pa.Table, dict[int, str]]:
-    """Columns of all measures that the step needs, aligned with rows, and tracebacks by row index."""
-    columns: dict[str, Any] = {}
-    errors: dict[int, str] = {}
-    for measure in step.needs:
-        values, failed = measured(folder, measure, rows, live.tools, live.progress)
-        columns |= {name: values[name] for name in values.column_names}
-        if failed:
-            ids = rows["content_id"].to_pylist()
-            errors |= {index: failed[content] for index, content in enumerate(ids) if content in failed}
-    if not columns:
-        columns = {"_none": pa.nulls(rows.num_rows)}
-    return pa.table(columns), errors
-
-
-def _with_errors(
-    judged: pa.Table,
-    rows: pa.Table,
-    errors: Mapping[int, str],
-    step: RowJudge | CorpusJudge,
-    faults: list[dict[str, Any]],
-) -> tuple[pa.Table, pa.ChunkedArray]:
-    """Verdicts in which rows that raised are dropped as judge_error; their tracebacks go to `faults`."""
-    ids = rows["row_id"]
-    if not errors:
-        return judged, ids
-    empty = [None] * rows.num_rows
-    columns: dict[str, list[Any]] = {
-        name: judged[name].to_pylist() if name in judged.column_names else list(empty) for name in LEDGER.names[1:]
-    }
-    for index, trace in sorted(errors.items()):
-        last = trace.strip().splitlines()[-1]
-        fate = {"keep": False, "reason": "judge_error", "score": None, "evidence": json.dumps({"error": last})}
-        for name, value in fate.items():
-            columns[name][index] = value
-        faults.append({"row_id": ids[index].as_py(), "step": repr(step), "error": last, "raw": trace})
-    return pa.table({name: pa.array(column, LEDGER.field(name).type) for name, column in columns.items()}), ids
+    alive[np.flatnonzero(alive)] = kept
+    return alive
 
 
 def _quarantine(folder: RunFolder, plan: SetPlan, index: int, step: AnyStep, faults: list[dict[str, Any]]) -> None:
@@ -366,13 +279,11 @@ def _quarantine(folder: RunFolder, plan: SetPlan, index: int, step: AnyStep, fau
         write_parquet(path, pa.Table.from_pylist(faults, schema=FAULT))
 
 
-def _make(
-    folder: RunFolder, plan: SetPlan, index: int, step: Maker, live: LiveRows
-) -> tuple[list[Path], pa.Table, Mask]:
-    """Made parts on disk, ledger rows, and the live mask over old and new rows. A made row that is held out or cannot
-    be trained on is dropped in the same step; a parent that the maker consumes leaves with its reason."""
+def _make(step: Maker, live: LiveRows, write: Write) -> tuple[list[Path], Mask]:
+    """Made parts on disk, and the live mask over old and new rows. A made row that is held out or cannot be trained on
+    is dropped in the same step; a parent that the maker consumes leaves with its reason."""
+    folder, plan, index = live.folder, live.plan, live.index
     parts: list[Path] = []
-    fates: list[pa.Table] = []
     keeps: list[Mask] = []
     parents: set[str] = set()
     seen: dict[str, int] = {}
@@ -381,19 +292,19 @@ def _make(
         if not rows.num_rows:
             continue
         path = folder.rows / f"made-{plan.name}-{index:02d}-{len(parts):05d}.parquet"
-        write_parquet(path, rows)
+        write_parquet(path, rows, PART_GROUP)
         parts.append(path)
         fate = [_fate(row, plan) for row in rows.to_pylist()]
         keeps.append(np.array([reason is None for reason in fate], dtype=np.bool_))
-        fates.append(ledger_rows(rows["row_id"], verdicts(list(keeps[-1]), fate), keep_scores=False))
+        write(ledger_rows(rows["row_id"], verdicts(list(keeps[-1]), fate), keep_scores=False))
         if step.consumes is not None:
             parents |= {parent for row in rows["parents"].to_pylist() for parent in row or ()}
     alive = live.state.alive.copy()
     if step.consumes is not None and parents:
         consumed, left = _consume(live.state, parents, step.consumes)
-        fates.append(consumed)
+        write(consumed)
         alive &= left
-    return parts, pa.concat_tables([LEDGER.empty_table(), *fates]), np.concatenate([alive, *keeps])
+    return parts, np.concatenate([alive, *keeps])
 
 
 def _fate(row: Mapping[str, Any], plan: SetPlan) -> str | None:

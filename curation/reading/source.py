@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..folder import HouseError, RunFolder, read_json, write_json, write_parquet
-from ..rows import PART_ROWS, ROW, Row, content_id, counted_row_id, source_row_id, table
+from ..rows import PART_GROUP, PART_ROWS, ROW, Row, content_id, counted_row_id, source_row_id, table
 from .docstrings import PREFIX, docstrings, module_files, modules_digest
 from .files import files_digest, find_files
 from .formats import Record, Unreadable, records, shown
@@ -266,7 +266,7 @@ def _write(
         while whole.num_rows >= least and whole.num_rows:
             name = f"{source.name}-{len(parts):05d}.parquet"
             part = whole.slice(0, PART_ROWS).combine_chunks()
-            write_parquet(folder.rows / name, part)
+            write_parquet(folder.rows / name, part, PART_GROUP)
             parts.append((name, part.num_rows))
             whole = whole.slice(PART_ROWS)
         waiting[:] = [whole]

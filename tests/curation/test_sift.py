@@ -279,9 +279,8 @@ def test_lost_rows_stop_the_run(
 ) -> None:
     write_source("a", rows_of(make_row, ["one", "two"]))
 
-    def lossy(folder: RunFolder, step: Any, live: sift.LiveRows) -> Any:
-        judged, alive = judge(folder, step, live)
-        return judged, np.concatenate([alive[:-1], [False]])
+    def lossy(step: Any, live: sift.LiveRows, write: Any) -> Any:
+        return np.concatenate([judge(step, live, write)[:-1], [False]])
 
     judge = sift._judge
     monkeypatch.setattr(sift, "_judge", lossy)
