@@ -1,30 +1,70 @@
 """128-bit digests of rows under `text.normal`: a compiled kernel reads ASCII text in Arrow's buffers; only rows with
 other characters are normalised in Python, and then meet the same kernel."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from .duplicate_groups import Said, groups, same_only
 from .shingles import Hashes, compiled, in_threads, mixed
-from .spans import Ints, Spans, spans, string_spans
-from .text import View, normal, view
+from .spans import Ints, Spans, Units, spans, string_spans, turn_spans
+from .text import VIEW_COLUMNS, View, normal
 
 _P1, _P2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 _SPACE = np.uint64(32)
 
 
+def said_digests(tables: Iterable[pa.Table], units: Units, least: int, threads: int = 0) -> tuple[Said, Ints]:
+    """What the rows of `tables` say, equal where their normal forms are; and the characters that each row says."""
+    keys, lengths, owners = [np.zeros((0, 2), np.uint64)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    seen = 0
+    for rows in tables:
+        for batch in rows.select(VIEW_COLUMNS).to_batches():
+            if units == "turn":
+                text, owner = turn_spans(batch, least)
+                said, empty, length = _normal_digests(text, threads)
+                keys.append(said[~empty])
+                owners.append((owner[~empty] + seen).astype(np.int32))
+                length = np.bincount(owner, length, batch.num_rows)
+            else:
+                said, empty, length = normal_digests(batch, units, threads)
+                blank = np.flatnonzero(empty)
+                if units != "pair" and len(blank):  # alone, unless the whole row is empty
+                    blank = blank[~normal_digests(batch.take(pa.array(blank)), "pair")[1]]
+                    said[blank] = np.stack([blank + seen, np.zeros(len(blank), np.int64)], axis=1)
+                keys.append(said)
+            lengths.append(length.astype(np.int32))
+            seen += batch.num_rows
+    row = np.concatenate(owners) if units == "turn" else None
+    return Said(seen, same_only(groups(np.concatenate(keys))), row), np.concatenate(lengths)
+
+
 def normal_digests(rows: pa.RecordBatch, which: View, threads: int = 0) -> tuple[Hashes, npt.NDArray[np.bool_], Ints]:
     """For each row: a digest (two columns) of the normal form of its view; whether that is empty; and the characters of
     the view before normalising. Digests of unequal normal forms are equal with a probability of 2^-128 a pair."""
-    keys, empty, ascii_only, lengths = _digests(spans(rows, which), threads)
+    return _normal_digests(spans(rows, which), threads)
+
+
+def _normal_digests(text: Spans, threads: int) -> tuple[Hashes, npt.NDArray[np.bool_], Ints]:
+    keys, empty, ascii_only, lengths = _digests(text, threads)
     other = np.flatnonzero(~ascii_only)
     if len(other):
-        said = view(pa.Table.from_batches([rows.take(pa.array(other))]), which)
-        again = string_spans(pa.array(map(normal, said), pa.string()))
+        again = string_spans(pa.array([normal(_text(text, unit)) for unit in other], pa.string()))
         keys[other], empty[other], _, _ = _digests(again, threads)
     return keys, empty, lengths
+
+
+def _text(text: Spans, unit: int) -> str:
+    """The turns of a unit parted by white space: `normal` takes any white space for the same."""
+    pieces = [
+        bytes(text.text[text.starts[turn] : text.ends[turn]]).decode("utf-8", "replace")
+        for part in range(3)
+        for turn in range(text.ranges[unit, 2 * part], text.ranges[unit, 2 * part + 1])
+    ]
+    return "\n\n".join(pieces)
 
 
 def _digests(text: Spans, threads: int) -> tuple[Hashes, Any, Any, Ints]:

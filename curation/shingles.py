@@ -8,10 +8,11 @@ that a letter followed by a combining accent is not composed. And each letter of
 import os
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -19,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from .spans import Ints, Spans, spans
-from .text import VIEW_COLUMNS, View
+from .spans import Ints, Spans, Units, spans, turn_spans
+from .spill import Spool
+from .text import VIEW_COLUMNS
 
 Hashes = npt.NDArray[np.uint64]
 Item = TypeVar("Item")
@@ -49,32 +51,57 @@ _SOLO, _SEVERAL = np.uint32(SOLO), np.uint32(SEVERAL)
 
 @dataclass(frozen=True)
 class Shingles:
-    """Row r has the shingles `hashes[offsets[r]:offsets[r + 1]]`, in text order, repeats included. `sequence`: one hash
-    of them all; `words`: words of each row."""
+    """Unit u has the shingles `hashes[offsets[u]:offsets[u + 1]]`, in text order, repeats included. `sequence`: a hash
+    of them all; `words`: words of each unit. A unit is a row, or a turn: then `row` says of which row."""
 
     hashes: Hashes
     offsets: Ints
     sequence: Hashes
-    words: Ints
+    words: npt.NDArray[np.int32]
+    row: npt.NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.words)
 
 
-def shingle_sets(tables: pa.Table | Iterable[pa.Table], view: View, ngram: int, threads: int = 0) -> Shingles:
+def shingle_sets(
+    tables: pa.Table | Iterable[pa.Table],
+    units: Units,
+    ngram: int,
+    chars: int | None = None,
+    least: int = 0,
+    scratch: Path = Path(),
+    threads: int = 0,
+) -> Shingles:
     """Shingles of all rows of `tables` (schema ROW, at least VIEW_COLUMNS), taken one table after the other.
 
-    A row of w words has w - ngram + 1 shingles. A shorter row has one, the whole row, whose hash also depends on w, so
-    that it equals only the same short row; a row without words has none. Holds 8 bytes a word and 24 a row, twice that
-    for a moment at the end. threads: 0 for all processors; the result does not depend on it.
+    A unit of w words has w - ngram + 1 shingles. A shorter one has one, all of it, whose hash also depends on w, so
+    that it equals only the same short unit; or, with `chars`, its runs of so many letters (words parted by one space).
+    One without words has none. Of `turn` units those of at least `least` bytes are taken. Holds 8 bytes a word, beyond
+    spill.LIMIT in a file of `scratch`, and 20 a unit. threads: 0 for all processors; the result does not depend on it.
     """
-    parts = [
-        part
-        for table in ([tables] if isinstance(tables, pa.Table) else tables)
-        for batch in table.select(VIEW_COLUMNS).to_batches()  # without copying chunks together
-        for part in _shingle_blocks(spans(batch, view), ngram, threads)
-    ]
-    return joined(parts)
+    if min(ngram, 1 if chars is None else chars) < 1:
+        raise ValueError(f"ngram is {ngram}, chars {chars}; they must be at least 1")
+    hashes = Spool(scratch, f"shingles-{units}.u64", np.uint64)
+    counts, words, sequence = [np.zeros(1, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0, np.uint64)]
+    owners, rows = [np.zeros(0, np.int32)], 0
+    for table in [tables] if isinstance(tables, pa.Table) else tables:
+        for batch in table.select(VIEW_COLUMNS).to_batches():  # without copying chunks together
+            if units == "turn":
+                text, owner = turn_spans(batch, least)
+                owners.append((owner + rows).astype(np.int32))
+            else:
+                text = spans(batch, units)
+            rows += batch.num_rows
+            for part in _shingle_blocks(text, ngram, chars, threads):
+                hashes.append(part.hashes)
+                counts.append(part.offsets)
+                words.append(part.words)
+                sequence.append(part.sequence)
+    row = np.concatenate(owners) if units == "turn" else None
+    return Shingles(
+        hashes.array(), np.cumsum(np.concatenate(counts)), np.concatenate(sequence), np.concatenate(words), row
+    )
 
 
 def joined(parts: Sequence[Shingles]) -> Shingles:
@@ -84,26 +111,36 @@ def joined(parts: Sequence[Shingles]) -> Shingles:
         np.concatenate([np.zeros(0, np.uint64), *(part.hashes for part in parts)]),
         np.cumsum(np.concatenate(counts)),
         np.concatenate([np.zeros(0, np.uint64), *(part.sequence for part in parts)]),
-        np.concatenate([np.zeros(0, np.int64), *(part.words for part in parts)]),
+        np.concatenate([np.zeros(0, np.int32), *(part.words for part in parts)]),
     )
 
 
-def _shingle_blocks(text: Spans, ngram: int, threads: int) -> list[Shingles]:
-    if ngram < 1:
-        raise ValueError(f"ngram is {ngram}; it must be at least 1")
+def _shingle_blocks(text: Spans, ngram: int, chars: int | None, threads: int) -> list[Shingles]:
+    """Blocks of units; `offsets` are the counts of shingles here."""
     table, several = folding()
     factors = np.random.default_rng(ngram).integers(0, 2**64, ngram, np.uint64) | np.uint64(1)
+    letters = np.random.default_rng([chars or 0, 1]).integers(0, 2**64, chars or 0, np.uint64) | np.uint64(1)
 
     def block(rows: tuple[int, int]) -> Shingles:
         low, high = rows
         size = high - low
-        hashes, scratch = (np.empty(most, np.uint64) for most in text.capacity(low, high))
-        counts, words, sequence = np.zeros(size + 1, np.int64), np.empty(size, np.int64), np.empty(size, np.uint64)
+        hashes, scratch = (np.empty(most + 8, np.uint64) for most in text.capacity(low, high))
+        counts, words, sequence = np.empty(size, np.int64), np.empty(size, np.int32), np.empty(size, np.uint64)
         where = (text.text, text.starts, text.ends, text.ranges[low:high])
-        filled = _shingle_rows(*where, table, several, factors, scratch, hashes, counts[1:], words, sequence)
-        return Shingles(hashes[:filled].copy(), np.cumsum(counts), sequence, words)
+        filled = _shingle_rows(*where, table, several, factors, letters, scratch, hashes, counts, words, sequence)
+        return Shingles(hashes[:filled], counts, sequence, words)
 
     return in_threads(block, text.blocks(), threads)
+
+
+def ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items in order, the next one made in a thread while the last one is worked on."""
+    source = iter(items)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, source, None)
+        while (item := waiting.result()) is not None:
+            waiting = pool.submit(next, source, None)
+            yield item
 
 
 def in_threads(work: Callable[[Item], Result], items: Sequence[Item], threads: int = 0) -> list[Result]:
@@ -226,8 +263,34 @@ def _turn_words(text, at, end, table, several, words, top):  # type: ignore[no-u
 
 
 @compiled
+def _turn_letters(text, at, end, table, several, letters, top):  # type: ignore[no-untyped-def]
+    """Appends the folded letters of text[at:end] to `letters` from `top` on, runs of others and the end as one 0."""
+    while at < end:
+        if text[at] < 128:
+            code = np.uint32(text[at])
+            at += _1
+        else:
+            code, at = _code_point(text, at, end)
+        entry = table[code] if code < table.size else _0
+        first, count = np.uint64(0), np.uint64(1)
+        if entry & _SEVERAL:
+            first, count = np.uint64((entry ^ _SEVERAL) >> np.uint32(5)), np.uint64(entry & np.uint32(31))
+        for k in range(first, first + count):
+            if count > _1:
+                entry = several[k]
+            letter = np.uint64(entry & ~_SOLO)
+            if letter or (top and letters[top - _1]):
+                letters[top] = letter
+                top += _1
+    if top and letters[top - _1]:
+        letters[top] = np.uint64(0)
+        top += _1
+    return top
+
+
+@compiled
 def _shingle_rows(  # type: ignore[no-untyped-def]
-    text, starts, ends, ranges, table, several, factors, words, out, counts, lengths, sequence
+    text, starts, ends, ranges, table, several, factors, letters, words, out, counts, lengths, sequence
 ):
     """Writes the rows' shingles to `out`, one row after the other, and returns how many there are. `words` is scratch;
     the loops over it have no branches, so that LLVM makes vectors of them."""
@@ -237,19 +300,29 @@ def _shingle_rows(  # type: ignore[no-untyped-def]
         for part in range(3):
             for turn in range(ranges[row, 2 * part], ranges[row, 2 * part + 1]):
                 top = _turn_words(text, np.uint64(starts[turn]), np.uint64(ends[turn]), table, several, words, top)
-        size = np.int64(top)
-        width = min(size, factors.size)
+        size, scale, start = np.int64(top), factors, np.uint64(0)
+        lengths[row] = size
+        if letters.size and 0 < size < factors.size:
+            top = np.uint64(0)
+            for part in range(3):
+                for turn in range(ranges[row, 2 * part], ranges[row, 2 * part + 1]):
+                    said = np.uint64(starts[turn]), np.uint64(ends[turn])
+                    top = _turn_letters(text, said[0], said[1], table, several, words, top)
+            size, scale, start = np.int64(top) - 1, letters, _FNV
+            for index in range(size):
+                words[index] = mixed(words[index] + _FNV)
+        width = min(size, scale.size)
         count = size - width + 1 if size else 0
         shingles = out[base : base + count]
-        shingles[:] = np.uint64(width)
+        shingles[:] = start + np.uint64(width)
         for k in range(width):
-            factor, shifted = factors[k], words[k : k + count]
+            factor, shifted = scale[k], words[k : k + count]
             for index in range(count):
                 shingles[index] += shifted[index] * factor
         whole = np.uint64(size)
         for index in range(count):
             shingles[index] = mixed(shingles[index])
             whole += shingles[index] * (_FNV_START + _FNV * np.uint64(index))
-        lengths[row], counts[row], sequence[row] = size, count, mixed(whole)
+        counts[row], sequence[row] = count, mixed(whole)
         base += count
     return base

@@ -5,7 +5,7 @@ each piece ends a word.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from .rows import ROW
 from .text import VIEW_COLUMNS, View
 
+Units = Literal["pair", "prompt", "response", "turn"]  # what of a row is compared: a view of it, or each of its turns
 Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
@@ -44,10 +45,10 @@ class Spans:
         return blocks
 
     def capacity(self, low: int, high: int) -> tuple[int, int]:
-        """The most words that rows low:high can hold together, and one of them: folding makes at most 2 letters of a
-        byte (U+3316, three bytes, becomes six kana)."""
+        """The most letters, with a gap after each turn, that rows low:high can hold together, and one of them: folding
+        makes at most 2 letters of a byte (U+3316, three bytes, becomes six kana)."""
         sizes = self.sizes[low:high]
-        return 2 * int(sizes.sum()), 2 * int(sizes.max(initial=0))
+        return 3 * int(sizes.sum()), 3 * int(sizes.max(initial=0))
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,32 @@ def spans(rows: pa.RecordBatch, which: View) -> Spans:
     total = np.concatenate([np.zeros(1, np.int64), np.cumsum(ends - starts)])
     sizes = (total[ranges[:, 1::2]] - total[ranges[:, 0::2]]).sum(axis=1)
     return Spans(text, starts, ends, np.ascontiguousarray(ranges), sizes)
+
+
+def turn_spans(rows: pa.RecordBatch, least: int) -> tuple[Spans, Ints]:
+    """Each user and assistant turn (of messages, chosen, rejected) and each raw text of at least `least` bytes as a row
+    of its own, in the order of the rows; and the row that each is of."""
+    text, columns = _joined([_turns(rows[name], ROW.field(name).type) for name in VIEW_COLUMNS])
+    starts = np.concatenate([column.starts for column in columns])
+    ends = np.concatenate([column.ends for column in columns])
+    spoken = np.ones(len(starts), np.bool_)
+    owners, turns, before = [], [], 0
+    for column in columns:
+        sizes = column.last - column.first
+        owners.append(np.repeat(np.arange(len(sizes)), sizes))
+        turns.append(np.arange(len(owners[-1])) + np.repeat(column.first - (np.cumsum(sizes) - sizes), sizes))
+        if column.roles is not None and len(column.roles):
+            talk: Any = pc.fill_null(pc.is_in(column.roles, value_set=pa.array(["user", "assistant"])), False)
+            spoken[before : before + len(column.roles)] = talk.to_numpy(zero_copy_only=False)
+        before += len(column.starts)
+    owner, turn = np.concatenate(owners), np.concatenate(turns)
+    worth = spoken[turn] & (ends[turn] - starts[turn] >= least)
+    owner, turn = owner[worth], turn[worth]
+    order = np.argsort(owner, kind="stable")
+    owner, turn = owner[order], turn[order]
+    none = np.zeros(len(turn), np.int64)
+    ranges = np.stack([turn, turn + 1, none, none, none, none], axis=1)
+    return Spans(text, starts, ends, ranges, (ends - starts)[turn]), owner
 
 
 def string_spans(strings: pa.Array) -> Spans:

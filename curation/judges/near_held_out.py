@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from ..folder import HouseError
 from ..steps import Corpus, Unmeasured
-from ..survivors import PLACE, Places, drops, json_column
+from ..survivors import drops, json_column, row_ids
 from ..text import VIEW_COLUMNS, View
 
 _VIEWS: tuple[View, ...] = ("pair", "prompt")
@@ -20,7 +20,7 @@ class NearHeldOut(Unmeasured):
     held-out row.
 
     threshold: Jaccard similarity of the sets of word n-grams from which on a row goes; candidates by MinHash-LSH whose
-    bands are chosen so that a pair at the threshold is found with probability 0.99, each verified. ngram: words of a
+    bands are chosen so that a pair at the threshold is found with probability 0.989, each verified. ngram: words of a
     shingle; shorter texts are one shingle, near only to the same words. Reason `near_held_out`, score the similarity,
     evidence {held_out: row_id, similarity, view: pair or prompt, whichever is nearer}. Without held-out rows all stay.
     Holds some 16 bytes a word and 450 a row.
@@ -44,13 +44,10 @@ class NearHeldOut(Unmeasured):
         from ..minhash import banding, near_pairs_between
         from ..shingles import joined, shingle_sets
 
-        held = list(corpus.held_out([*PLACE, *VIEW_COLUMNS]))
-        places = Places()
-        for rows in held:
-            places.add(rows)
+        held = list(corpus.held_out(VIEW_COLUMNS))
         nearest = np.full(corpus.rows, -1, np.int64)
         view, similarity = np.zeros(corpus.rows, np.int64), np.zeros(corpus.rows)
-        if len(places):
+        if held:
             parts, seen = [], 0
             for rows in corpus.tables(VIEW_COLUMNS):
                 parts.append([shingle_sets(rows, which, self.ngram) for which in _VIEWS])
@@ -67,7 +64,7 @@ class NearHeldOut(Unmeasured):
         dropped = np.flatnonzero(nearest >= 0)
         evidence = json_column(
             {
-                "held_out": places.ids(nearest[dropped]),
+                "held_out": row_ids(corpus.held_out(["row_id"]), nearest[dropped]),
                 "similarity": pa.array(similarity[dropped]),
                 "view": pa.array(_VIEWS).take(pa.array(view[dropped])),
             }

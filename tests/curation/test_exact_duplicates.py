@@ -2,6 +2,7 @@
 
 import json
 import random
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ from gristmill.curation.text import View, normal, view
 pytest.importorskip("numba")
 
 Row = dict[str, Any]
+HOME = tempfile.TemporaryDirectory()
 
 
 class Parts:
     """A corpus of tables in memory."""
 
-    seed, scratch, tools = 0, Path(), None
+    seed, tools = 0, None
 
     def __init__(self, rows: Sequence[Row], size: int) -> None:
         self.rows = len(rows)
+        self.scratch = self.kept = Path(tempfile.mkdtemp(dir=HOME.name))
         self.parts = [table(rows[low : low + size]) for low in range(0, len(rows), size)]
 
     def progress(self, done: int, total: int) -> None:
@@ -88,7 +91,7 @@ def test_groups_are_those_of_the_normal_form(texts: list[tuple[str | None, str |
 
 def test_a_verdict_says_what_and_where() -> None:
     found = verdicts([row(0, "Hi", "there"), row(1, "hi ", "There"), row(2, "hi", "you")])
-    evidence = json.dumps({"duplicate_of": "a0", "view": "pair"})
+    evidence = json.dumps({"cluster": 0, "duplicate_of": "a0", "view": "pair"})
     assert found[1] == {"keep": False, "reason": "exact_duplicate", "score": 1.0, "evidence": evidence}
     assert found[0] == found[2] == {"keep": True, "reason": None, "score": None, "evidence": None}
 

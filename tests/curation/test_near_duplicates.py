@@ -2,6 +2,7 @@
 
 import json
 import random
+import tempfile
 import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from gristmill.curation.folder import HouseError
 from gristmill.curation.judges.duplicates import NearDuplicate
-from gristmill.curation.minhash import banding, jaccards, near_pairs, near_pairs_between
+from gristmill.curation.minhash import RECALL, banding, jaccards, near_pairs, near_pairs_between
 from gristmill.curation.rows import message, table
 from gristmill.curation.shingles import SPACELESS, Shingles, shingle_sets
 from gristmill.curation.text import WORD, View, view, words
@@ -25,16 +26,18 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("numba")
 
 Row = dict[str, Any]
+HOME = tempfile.TemporaryDirectory()
 VOCABULARY = [a + b for a in "ba ce di fo gu ha je ki lo mu".split() for b in "n r s t l ck mp st x y".split()]  # noqa: SIM905
 
 
 class Parts:
     """A corpus of tables in memory."""
 
-    seed, scratch, tools = 0, Path(), None
+    seed, tools = 0, None
 
-    def __init__(self, rows: Sequence[Row], parts: int = 1, held: Sequence[Row] = ()) -> None:
-        self.rows = len(rows)
+    def __init__(self, rows: Sequence[Row], parts: int = 1, held: Sequence[Row] = (), values: Any = None) -> None:
+        self.rows, self.measured = len(rows), values
+        self.scratch = self.kept = Path(tempfile.mkdtemp(dir=HOME.name))
         size = max(1, -(-len(rows) // parts))
         self.parts = [table(rows[low : low + size]) for low in range(0, len(rows), size)]
         self.held = table(held)
@@ -53,7 +56,8 @@ class Parts:
             yield self.held if columns is None else self.held.select(list(columns))
 
     def values(self, columns: Sequence[str]) -> pa.Table:
-        raise AssertionError("these judges need no measure")
+        found: pa.Table = self.measured.select(list(columns))
+        return found
 
 
 def row(position: int, prompt: str | None, answer: str | None, source: str = "a", **more: Any) -> Row:
@@ -99,7 +103,7 @@ def corpus_rows(count: int, seed: int) -> list[Row]:
 
 
 def sets_of(rows: Sequence[Row], ngram: int = 5, which: View = "pair", threads: int = 0) -> Shingles:
-    return shingle_sets(table(rows), which, ngram, threads)
+    return shingle_sets(table(rows), which, ngram, threads=threads)
 
 
 def verdicts(rows: Sequence[Row], parts: int = 1, **fields: Any) -> list[Row]:
@@ -109,6 +113,18 @@ def verdicts(rows: Sequence[Row], parts: int = 1, **fields: Any) -> list[Row]:
 
 def kept(rows: Sequence[Row], **fields: Any) -> list[str]:
     return [r["row_id"] for r, v in zip(rows, verdicts(rows, **fields), strict=True) if v["keep"]]
+
+
+def pairs_of(shingles: Shingles, floor: float = 0.7) -> dict[tuple[int, int], float]:
+    """Pairs of units (of equal ones: the first with the others)."""
+    found = near_pairs(shingles, floor, *banding(floor))
+    units: dict[int, list[int]] = {}
+    for unit, group in enumerate(found.group.tolist()):
+        units.setdefault(group, []).append(unit)
+    units.pop(-1, None)
+    near = {(same[0], other): 1.0 for same in units.values() for other in same[1:]}
+    ends = zip(found.left.tolist(), found.right.tolist(), found.similarity.tolist(), strict=True)
+    return near | {(min(units[a][0], units[b][0]), max(units[a][0], units[b][0])): s for a, b, s in ends}
 
 
 # ---------------------------------------------------------------- words and shingles
@@ -177,8 +193,7 @@ def test_large_strings_and_lists_are_read_too() -> None:
 def test_pairs_are_the_true_ones_and_nearly_all_of_them() -> None:
     rows = corpus_rows(2000, seed=1)
     sets = [plain_set(text, 5) for text in view(table(rows), "pair")]
-    i, j, similarity = near_pairs(sets_of(rows), 0.7)
-    found = dict(zip(zip(i.tolist(), j.tolist(), strict=True), similarity.tolist(), strict=True))
+    found = pairs_of(sets_of(rows))
     assert all(a < b and s == plain_jaccard(sets[a], sets[b]) >= 0.7 for (a, b), s in found.items())
     holders: dict[Any, list[int]] = {}
     for index, shingles in enumerate(sets):
@@ -204,22 +219,22 @@ def test_pairs_between_two_corpora() -> None:
     assert len(sure) > 200 and sum(pair in found for pair in sure) >= 0.98 * len(sure)
     assert {(k, 400 + k + 3 * t) for k in range(3) for t in range(2)} <= found.keys()
     none = sets_of([])
-    assert len(near_pairs_between(none, sets_of(left), 0.7)[0]) == 0
-    assert len(near_pairs_between(sets_of(left), none, 0.7)[0]) == 0
+    assert len(near_pairs_between(none, sets_of(left), 0.7, 25, 5)[0]) == 0
+    assert len(near_pairs_between(sets_of(left), none, 0.7, 25, 5)[0]) == 0
 
 
 def test_a_huge_bucket_costs_no_square_and_stays_one_cluster() -> None:
     template = " ".join(VOCABULARY[:60])
     rows = said(*(f"{template} {number}" for number in range(3000)))
-    i, _, similarity = near_pairs(sets_of(rows), 0.7)
-    assert len(i) < 3000 * 16 * 25 and similarity.min() == pytest.approx(56 / 58)
+    found = near_pairs(sets_of(rows), 0.7, 25, 5)
+    assert 0 < len(found.left) < 3000 * 32 * 25 and found.similarity.min() == pytest.approx(56 / 58)
     assert kept(rows) == ["a0"]
 
 
 def test_bands_for_a_threshold_reach_the_recall() -> None:
     for threshold in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.99, 1.0):
         bands, rows = banding(threshold)
-        assert 1 - (1 - threshold**rows) ** bands >= 0.99 - 1e-12
+        assert 1 - (1 - threshold**rows) ** bands >= RECALL - 1e-12
 
 
 def test_jaccards_of_chosen_pairs() -> None:
@@ -264,6 +279,8 @@ def test_evidence_names_the_survivor_and_the_way_to_it() -> None:
     assert json.loads(found[1]["evidence"]) == {"duplicate_of": "a0", "similarity": near, "cluster": 0}
     assert json.loads(found[2]["evidence"]) == {
         "duplicate_of": "a0", "similarity": far, "cluster": 0, "via": "a1", "via_similarity": next_}  # fmt: skip
+    found = verdicts(said(*chain), threshold=0.8, floor=0.75)
+    assert "similarity" not in json.loads(found[2]["evidence"])  # not measured below the floor
 
 
 def test_who_survives() -> None:
@@ -283,8 +300,8 @@ def test_order_parts_and_threads_change_nothing() -> None:
     again = {r["row_id"]: v for r, v in zip(shuffled, verdicts(shuffled), strict=True)}
     same = {r["row_id"]: v for r, v in zip(rows, expected, strict=True)}
     assert again == same  # one source: the smallest position survives wherever it lies
-    one, two = (near_pairs(sets_of(rows, threads=t), 0.7, threads=t) for t in (1, 3))
-    assert all(a.tolist() == b.tolist() for a, b in zip(one, two, strict=True))
+    one, two = (near_pairs(sets_of(rows, threads=t), 0.7, 25, 5, threads=t) for t in (1, 3))
+    assert all(a.tolist() == b.tolist() for a, b in zip(vars(one).values(), vars(two).values(), strict=True))
 
 
 def test_views_and_preferences() -> None:

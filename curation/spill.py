@@ -1,0 +1,92 @@
+"""Arrays that grow beyond memory: kept there up to a limit, beyond it in files of a scratch folder, read by mmap."""
+
+import mmap
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from .folder import HouseError
+
+LIMIT = 256 << 20  # bytes of one array in memory; at 1 million rows of 100 words shingles and band keys both exceed it
+
+
+class Spool:
+    """An array that pieces are appended to. In memory only the pages that were written count, so that room for LIMIT
+    bytes is asked for at once and nothing is copied twice."""
+
+    def __init__(self, folder: Path, name: str, dtype: type[Any]) -> None:
+        self.path, self.dtype, self.size = folder / name, np.dtype(dtype), 0
+        self.held = np.empty(LIMIT // self.dtype.itemsize, dtype)
+        self.file: BinaryIO | None = None
+
+    def append(self, piece: np.ndarray) -> None:
+        end = self.size + len(piece)
+        if self.file is None and end > len(self.held):
+            self.file = _opened(self.path)
+            self._write(self.held[: self.size])
+            self.held = self.held[:0]
+        if self.file is None:
+            self.held[self.size : end] = piece
+        else:
+            self._write(piece)
+        self.size = end
+
+    def array(self) -> np.ndarray:
+        """All that was appended; a map of the file where it spilled. Nothing can be appended afterwards."""
+        if self.file is None:
+            return self.held[: self.size]
+        try:
+            self.file.close()
+        except OSError as error:
+            raise _no_room(self.path, self.size * self.dtype.itemsize, error) from error
+        return np.memmap(self.path, self.dtype, "r+", shape=(self.size,))
+
+    def _write(self, piece: np.ndarray) -> None:
+        assert self.file is not None
+        try:
+            self.file.write(memoryview(np.ascontiguousarray(piece)).cast("B"))
+        except OSError as error:
+            raise _no_room(self.path, self.size * self.dtype.itemsize + piece.nbytes, error) from error
+
+
+def matrix(folder: Path, name: str, shape: tuple[int, int], dtype: type[Any]) -> np.ndarray:
+    """An uninitialised array of this shape, in a file where it is larger than LIMIT."""
+    size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    if size <= LIMIT:
+        return np.empty(shape, dtype)
+    with _opened(folder / name) as file:
+        try:
+            if hasattr(os, "posix_fallocate"):  # a full disk must be an error here, not a SIGBUS later
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+        except OSError as error:
+            raise _no_room(folder / name, size, error) from error
+    return np.memmap(folder / name, dtype, "r+", shape=shape)
+
+
+def let_go(array: np.ndarray) -> None:
+    """Pages of a mapped file leave this process's memory (the file and what was written stay)."""
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def spilled(array: np.ndarray) -> bool:
+    return isinstance(array, np.memmap)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("wb+")
+    except OSError as error:
+        raise HouseError(f"cannot write {path}: {error.strerror}. Set TMPDIR to a folder with room.") from error
+
+
+def _no_room(path: Path, size: int, error: OSError) -> HouseError:
+    return HouseError(
+        f"no room for what does not fit into memory: {path} needs at least {size / 1e6:,.0f} MB ({error.strerror})."
+        " Free some space there, or set TMPDIR to a folder with more."
+    )
