@@ -5,6 +5,7 @@ OUT/run.json before Prefect, torch or DuckDB is imported.
 """
 
 import difflib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 from ..curation.door import Progress
 from ..curation.folder import LOCK, HouseError, RunFolder, read_json, sole, whole_file, write_json
+from ..curation.pool import INLINE, Pool, pool
 from ..curation.reading.source import read_source
 from ..curation.rows import digest as digest_of
 from .models import Workshop, set_plan
@@ -62,20 +64,24 @@ def run(
     cache: str | Path | None = None,
     parts: Parts = "all",
     previous: str | None = None,
+    workers: int | None = None,
+    executor: str | None = None,
     show: Silent | None = None,
     each: Each = plainly,
 ) -> Result:
     """Does all of `recipe` that is not done yet in the folder `out`, or only its curation, and returns what stands.
 
     cache: folder of measures and new models, shared between releases (default: in `out`). previous: the release before
-    this one, for the manifests. each: does one job. Raises HouseError for what the user can mend."""
+    this one, for the manifests. workers, executor: how many processes (or threads, or Ray's) judge rows side by side
+    (default: GRISTMILL_WORKERS, else every processor; GRISTMILL_EXECUTOR, else processes); the result is the same.
+    each: does one job. Raises HouseError for what the user can mend."""
     folder, show = RunFolder(out, cache), show or Silent()
     waiting = waiting_sets(recipe) if parts == "curate" else ()
     if finished(recipe, folder, parts):
         return Result(folder, cached=True, waiting=waiting)
     started = start(recipe, folder, previous)
-    with sole(folder.root):
-        for job in jobs(recipe, folder, started, waiting if parts == "curate" else None):
+    with sole(folder.root), pool(workers, executor) as crew:
+        for job in jobs(recipe, folder, started, waiting if parts == "curate" else None, crew):
             each(job, show)
         _mark_finished(recipe, folder, parts)
     return Result(folder, waiting=waiting)
@@ -114,7 +120,9 @@ def start(recipe: Recipe, folder: RunFolder, previous: str | None = None) -> dic
             temporary.write_text(text, encoding="utf-8")
     path = folder.root / "started.json"
     if not path.is_file():
-        write_json(path, {"created": datetime.now(UTC).isoformat(timespec="seconds"), "previous": previous})
+        shared = None if folder.measures.parent == folder.root else os.path.relpath(folder.measures.parent, folder.root)
+        begun = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "previous": previous, "cache": shared}
+        write_json(path, begun)
     return read_json(path)
 
 
@@ -191,7 +199,11 @@ def waiting_sets(recipe: Recipe) -> tuple[str, ...]:
 
 
 def jobs(
-    recipe: Recipe, folder: RunFolder, started: dict[str, Any], waiting: tuple[str, ...] | None = None
+    recipe: Recipe,
+    folder: RunFolder,
+    started: dict[str, Any],
+    waiting: tuple[str, ...] | None = None,
+    crew: Pool = INLINE,
 ) -> Iterator[Job]:
     """The jobs of a run in order; with `waiting` only reading and curation, without the sets named there."""
     shop = Workshop(recipe, folder)
@@ -202,7 +214,7 @@ def jobs(
             yield _read_job(source, folder)
     for index, stage in enumerate(stages):
         if isinstance(stage, Curate):
-            yield from _curate_jobs(recipe, folder, shop, stage, release_info(recipe, started))
+            yield from _curate_jobs(recipe, folder, shop, stage, release_info(recipe, started), crew)
         elif isinstance(stage, Train):
             yield from shop_jobs(shop, [stage.model])
             yield _train_job(folder, shop, stage)
@@ -232,7 +244,7 @@ def shop_jobs(shop: Workshop, names: Iterable[str]) -> Iterator[Job]:
 
 
 def _curate_jobs(
-    recipe: Recipe, folder: RunFolder, shop: Workshop, stage: Curate, release: dict[str, Any]
+    recipe: Recipe, folder: RunFolder, shop: Workshop, stage: Curate, release: dict[str, Any], crew: Pool
 ) -> Iterator[Job]:
     from ..curation.release import finish
     from ..curation.sift import advance, begin, full_steps, step_name
@@ -243,7 +255,7 @@ def _curate_jobs(
         yield from shop_jobs(shop, models_of(step))
 
         def do(progress: Progress, index: int = index) -> Done:
-            record = advance(folder, plan, index, shop, progress)
+            record = advance(folder, plan, index, shop, progress, crew)
             return Done(step_text(record), record["cached"], record)
 
         yield Job(f"{stage.set} {step_name(index, step)}", do)
@@ -264,8 +276,22 @@ def step_text(record: dict[str, Any]) -> str:
     made = f" + {record['made']:,}" if record["made"] else ""
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in record["reasons"].items())
     notes = [*record["notes"], *(f"source {name} has no row left" for name in record["emptied_sources"])]
-    line = f"{record['came']:,}{made} -> {record['kept']:,}" + (f"  ({reasons})" if reasons else "")
+    line = (
+        f"{record['came']:,}{made} -> {record['kept']:,}"
+        + (f"  ({reasons})" if reasons else "")
+        + measured_text(record)
+    )
     return "\n".join([line, *(f"    ! {note}" for note in notes)])
+
+
+def measured_text(record: dict[str, Any]) -> str:
+    """How many contents each measure of a step measured now, of how many, where it found some measured already."""
+    found = [
+        f"{key.rsplit('-', 1)[0]} measured {now:,} of {now + record['reused'][key]:,}"
+        for key, now in record.get("measured", {}).items()
+        if record["reused"][key]
+    ]
+    return f"  [{', '.join(found)}]" if found else ""
 
 
 def _train_job(folder: RunFolder, shop: Workshop, stage: Train) -> Job:
