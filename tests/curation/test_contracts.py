@@ -19,6 +19,8 @@ from gristmill.curation.steps import VERDICT, find_steps
 STEPS = find_steps()
 # what a recipe must say of each step that has fields without defaults
 NEEDED: dict[str, dict[str, Any]] = {
+    "Cap": {"most": 2},
+    "StageMixture": {"set_name": "s"},
     "Confidence": {"model": "m", "nli": "n"},
     "ConfidenceFilter": {"of": STEPS["Confidence"](model="m", nli="n")},
     "Embedding": {"model": "m"},
@@ -148,12 +150,13 @@ def cases(make_row: Make) -> dict[str, pa.Table]:
     document |= {"meta": json.dumps({"qualified_name": "a.b", "signature": "(x)", "kind": "function", "module": "a"})}
     document["content_id"] = content_id(document)
     mixed = [make_row("a", i, f"question {i}", f"answer {i}") for i in range(6)]
+    broken = make_row("a", 11, "Who?", "Write to AmÃ©lie: amelie.roux@free.fr, please.")
     return {
         "empty": table([]),
         "one": table([make_row("a", 0, "q", "r")]),
         "nulls": table([nulls()]),
         "mixed": table(
-            [*mixed, long, pair, nulls(), document, make_row("a", 9, "", ""), make_row("a", 10, "日本語", "答え")]
+            [*mixed, long, pair, nulls(), document, make_row("a", 9, "", ""), make_row("a", 10, "日本語", "答え"), broken]
         ),
     }
 
