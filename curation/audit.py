@@ -19,9 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .folder import HouseError, RunFolder, read_json, write_json, write_parquet
+from .judging import KEPT, VALUES
 from .ledger import Mask, State, StepRecord, load_state, records, source_parts, step_folders
 from .selection import Hashes, hashes, row_keys
-from .sift import KEPT, VALUES
 from .spans import Ints
 
 Label = Literal["good", "bad", "unsure"]

@@ -247,7 +247,7 @@ def why(folder: RunFolder, row_id: str) -> Life:
 
 def life(con: Any, folder: RunFolder, row_id: str) -> Life:
     """`why` on a connection that stands (views.connect)."""
-    full = _find(con, row_id)
+    full = find_row(con, row_id)
     row = records(con, "SELECT * FROM rows WHERE row_id = ? LIMIT 1", [full])[0]
     named = {source["name"]: source for source in sources(folder)}
     return Life(
@@ -264,7 +264,8 @@ def life(con: Any, folder: RunFolder, row_id: str) -> Life:
     )
 
 
-def _find(con: Any, row_id: str) -> str:
+def find_row(con: Any, row_id: str) -> str:
+    """The whole id of the row whose id is, or alone begins with, `row_id`."""
     wanted = row_id.strip().lower()
     sql = "SELECT DISTINCT row_id FROM rows WHERE starts_with(row_id, ?) ORDER BY row_id LIMIT 5"
     found = [one for (one,) in con.execute(sql, [wanted]).fetchall()] if wanted else []

@@ -22,6 +22,7 @@ from .ledger import LEDGER, Mask, State
 from .rows import CONTENT, made_row, table
 
 OVERRIDES = pa.schema([(n, pa.string()) for n in ("row_id", "content_id", "action", "content", "who", "why")])
+Action = Literal["keep", "drop", "edit"]
 Fate = tuple[str, bool, str | None, dict[str, Any]]  # row_id, keep, reason, evidence
 
 
@@ -56,6 +57,21 @@ def read_overrides(folder: RunFolder) -> list[dict[str, Any]]:
         if row["action"] == "edit":
             _edited_content(path, number, row)
     return rows
+
+
+def add_override(
+    folder: RunFolder, row_id: str, action: Action, why: str, who: str, content: Mapping[str, Any] | None = None
+) -> None:
+    """Writes one more line into overrides.parquet; of several for a row the last rules. content: for `edit`, the fields
+    of the row to replace. Nothing is curated anew before the next run of the recipe."""
+    path = folder.root / "overrides.parquet"
+    said = None if content is None else json.dumps(content, ensure_ascii=False)
+    line = {"row_id": row_id, "content_id": None, "action": action, "content": said, "who": who, "why": why}
+    if (action == "edit") != (content is not None):
+        raise HouseError(f"override of {row_id}: the new content belongs to `edit`, and to it alone")
+    if action == "edit":
+        _edited_content(path, 1, line)
+    write_parquet(path, pa.Table.from_pylist([*read_overrides(folder), line], schema=OVERRIDES))
 
 
 def _known(found: pa.Table) -> list[str]:

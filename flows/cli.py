@@ -31,6 +31,14 @@ CACHE = Annotated[
     Path | None, typer.Option(help="Folder of measures and new models that several runs share. Default: in OUT.")
 ]
 PLAIN = Annotated[bool, typer.Option("--plain", help="Without Prefect: nothing in its UI, and it starts 10 s sooner.")]
+WORKERS = Annotated[
+    int | None,
+    typer.Option(help="Workers that judge rows side by side. Default: GRISTMILL_WORKERS, else every processor."),
+]
+EXECUTOR = Annotated[
+    str | None,
+    typer.Option(help="What they are: processes, threads or ray. Default: GRISTMILL_EXECUTOR, else processes."),
+]
 FOLDER = Annotated[Path, typer.Argument(help="A run's folder.")]
 DATA = Annotated[str, typer.Argument(help="A curated folder (with manifest.json), or any data set that can be read.")]
 SETTINGS = Annotated[
@@ -41,18 +49,30 @@ MODEL = Annotated[Path, typer.Option(help="The model's folder, in Hugging Face's
 
 @app.command()
 def run(
-    recipe: RECIPE, overrides: OVERRIDES = None, out: OUT = None, cache: CACHE = None, plain: PLAIN = False
+    recipe: RECIPE,
+    overrides: OVERRIDES = None,
+    out: OUT = None,
+    cache: CACHE = None,
+    workers: WORKERS = None,
+    executor: EXECUTOR = None,
+    plain: PLAIN = False,
 ) -> None:
     """Do everything a recipe says: curate, tune, evaluate, report. Run again, it does only what is missing."""
-    _run(recipe, overrides, out, cache, "all", plain)
+    _run(recipe, overrides, out, cache, "all", plain, workers, executor)
 
 
 @app.command()
 def curate(
-    recipe: RECIPE, overrides: OVERRIDES = None, out: OUT = None, cache: CACHE = None, plain: PLAIN = False
+    recipe: RECIPE,
+    overrides: OVERRIDES = None,
+    out: OUT = None,
+    cache: CACHE = None,
+    workers: WORKERS = None,
+    executor: EXECUTOR = None,
+    plain: PLAIN = False,
 ) -> None:
     """Only make a recipe's curated sets; those that need a trained model are named and wait for `run`."""
-    _run(recipe, overrides, out, cache, "curate", plain)
+    _run(recipe, overrides, out, cache, "curate", plain, workers, executor)
 
 
 @app.command()
@@ -62,7 +82,14 @@ def demo(overrides: OVERRIDES = None, out: OUT = None, plain: PLAIN = False) -> 
 
 
 def _run(
-    recipe: str, overrides: list[str] | None, out: Path | None, cache: Path | None, parts: Any, plain: bool
+    recipe: str,
+    overrides: list[str] | None,
+    out: Path | None,
+    cache: Path | None,
+    parts: Any,
+    plain: bool,
+    workers: int | None = None,
+    executor: str | None = None,
 ) -> None:
     from .progress import Terminal
     from .recipe import load_recipe
@@ -74,7 +101,8 @@ def _run(
     show = Terminal()
     call = run_plainly if plain else run_in_prefect
     try:
-        result = call(loaded, out or Path(loaded.name), cache=cache, parts=parts, show=show)
+        how: dict[str, Any] = {"cache": cache, "parts": parts, "workers": workers, "executor": executor, "show": show}
+        result = call(loaded, out or Path(loaded.name), **how)
     except KeyboardInterrupt:
         _say_how_to_go_on(show.done)
         raise
@@ -159,6 +187,83 @@ def _run_folder(folder: Path) -> RunFolder:
     if not (folder / "rows").is_dir():
         raise HouseError(f"{folder} is not a run's folder: it holds no rows/. Give the --out of a run")
     return RunFolder(folder)
+
+
+@app.command()
+def decide(
+    folder: FOLDER,
+    overrides: OVERRIDES = None,
+    *,
+    write: Annotated[Path | None, typer.Option(help="Make a new release of it in this folder.")] = None,
+) -> None:
+    """What if: decide a finished run again with other thresholds, quotas and budgets, from what it measured."""
+    from rich.console import Console
+
+    from ..curation.look import wide_console
+    from .deciding import decide as decide_again
+    from .deciding import print_decision, write_release
+
+    console: Console = wide_console()
+    decision = decide_again(folder, overrides or ())
+    print_decision(decision, console)
+    if write is not None:
+        from .progress import Terminal
+
+        write_release(folder, decision, write, Terminal())
+        console.print(f"Release: {write.resolve()}", markup=False)
+
+
+@app.command()
+def override(
+    folder: FOLDER,
+    row_id: Annotated[str, typer.Argument(help="A row_id, or its first characters.")],
+    action: Annotated[str, typer.Argument(help="keep, drop or edit.")],
+    *,
+    why: Annotated[str, typer.Option(help="The reason, shown by `gristmill why`.")],
+    who: Annotated[str | None, typer.Option(help="Default: the user's name on this machine.")] = None,
+    content: Annotated[
+        str | None, typer.Option(help='For edit: JSON of the fields to replace, or @FILE: {"messages": […]}.')
+    ] = None,
+) -> None:
+    """Overrule the judges on one row. Takes effect at the next run of the recipe, and comes last there."""
+    from .overruling import overrule
+
+    typer.echo(overrule(_run_folder(folder), row_id, action, why, who, content))
+
+
+@app.command()
+def audit(
+    folder: FOLDER,
+    *,
+    judge: Annotated[
+        str | None, typer.Option(help="Class name of the judge (NAME.2: the second). Default: the one that drops most.")
+    ] = None,
+    set_name: Annotated[str | None, typer.Option("--set", help="The set. Default: any.")] = None,
+    size: Annotated[int, typer.Option(help="Rows of the sample.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    labels: Annotated[
+        Path | None, typer.Option(help="A filled sheet: JSON lines or CSV with row_id and label.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model of the recipe labels the sample; rows that people labelled calibrate it."),
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Share of good rows that a threshold may lose.")] = 0.02,
+    apply: Annotated[bool, typer.Option("--apply", help="Override the rows that the judge got wrong.")] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="An earlier run: does this one treat the rows labelled there as labelled?")
+    ] = None,
+    who: Annotated[str | None, typer.Option(help="Who labels. Default: the user's name on this machine.")] = None,
+) -> None:
+    """Is a judge right? Label a blind sample; learn its precision, what it misses and what that costs."""
+    from .auditing import audit_command, print_check
+
+    run_folder = _run_folder(folder)
+    if against is not None:
+        from ..curation.look import wide_console
+
+        raise typer.Exit(int(print_check(run_folder, _run_folder(against), wide_console()) > 0))
+    audit_command(run_folder, judge, set_name, size, seed, labels, model, budget, apply, who)
 
 
 @app.command()

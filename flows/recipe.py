@@ -192,6 +192,8 @@ class _Builder:
         if len(path) == 2 and path[0] == "stages":
             return self.stage(node, path)
         options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        if type(None) in options and is_null(node):
+            return None
         if set(options) & {Measure, RowJudge, CorpusJudge, Maker}:
             return self.step(node, path, "measure" if Measure in options else "scope")
         if len(options) > 1:
@@ -202,8 +204,6 @@ class _Builder:
 
     def first(self, node: yaml.Node, options: tuple[Any, ...], path: Path) -> Any:
         """The first of a union's types that fits; with one besides None, its own error stands."""
-        if type(None) in options and is_null(node):
-            return None
         rest = [option for option in options if option is not type(None)]
         for option in rest[:-1]:
             try:

@@ -15,7 +15,8 @@ from gristmill.flows.recipe import Recipe
 from gristmill.flows.run import Result
 
 Whole = tuple[Recipe, Result, Silent]
-VERBS = ["run", "curate", "demo", "sft", "dpo", "funnel", "why", "sql", "judges", "doctor", "schedule", "new-model"]
+VERBS = ["run", "curate", "demo", "sft", "dpo", "funnel", "why", "sql", "decide", "override", "audit", "judges",
+         "doctor", "schedule", "new-model"]  # fmt: skip
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
