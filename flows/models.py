@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..curation.door import ChatModel, EntailmentModel, Progress, ResponseScorer
+from ..curation.door import ChatModel, Embedder, EntailmentModel, Progress, ResponseScorer
 from ..curation.folder import HouseError, RunFolder
 from ..curation.ledger import State
 from ..curation.rows import digest as digest_of
@@ -127,6 +127,13 @@ class Workshop:
 
         nli: EntailmentModel = self._kept(f"entailment {model}", lambda: CrossEncoder(self.base_folder(model)))
         return nli
+
+    def embedder(self, model: str) -> Embedder:
+        with interrupts_wait():
+            from ..tuning.embed import load_embedder
+
+        embedder: Embedder = self._kept(f"embedder {model}", lambda: load_embedder(self.base_folder(model)))
+        return embedder
 
     def _kept(self, key: str, make: Any) -> Any:
         if self.loaded is None or self.loaded[0] != key:

@@ -81,7 +81,7 @@ def load_model(
     check_model(folder)
     wanted = torch_dtype(dtype, device)
     try:
-        with _no_bars():
+        with no_bars():
             model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=wanted)
     except Exception as error:  # transformers lets through whatever safetensors, json and its own checks raise
         raise HouseError(f"{folder} holds no model that transformers can load as a causal LM: {error}") from error
@@ -122,14 +122,24 @@ def check_model(folder: Path) -> None:
 
 def model_digest(folder: Path) -> str:
     """SHA-256 (its first 32 hexadecimal digits) of names and bytes of a model's or adapter's files: configuration,
-    weights, tokenizer, chat template. Reads every byte, the files in parallel; keeps nothing."""
+    weights, tokenizer, chat template; also of the modules of a sentence-transformers model. Reads every byte, the files
+    in parallel; keeps nothing."""
     if not folder.is_dir():
         raise HouseError(f"there is no model folder {folder}")
-    names = sorted(f.name for f in folder.iterdir() if f.suffix in _DIGESTED and f.is_file() and f.name != _RECORD)
+    files = [file for home in (folder, *_modules(folder)) for file in home.iterdir()]
+    named = (file for file in files if file.suffix in _DIGESTED and file.is_file() and file.name != _RECORD)
+    names = sorted(str(file.relative_to(folder)) for file in named)
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(lambda name: _file_digest(folder / name), names))
     pieces = "".join(f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True))
     return hashlib.sha256(pieces.encode()).hexdigest()[:32]
+
+
+def _modules(folder: Path) -> list[Path]:
+    """Subfolders that modules.json of a sentence-transformers model names."""
+    listed = folder / "modules.json"
+    paths = [module["path"] for module in json.loads(listed.read_text())] if listed.is_file() else []
+    return sorted({folder / path for path in paths if path not in ("", ".") and (folder / path).is_dir()})
 
 
 def torch_dtype(name: str, device: str) -> torch.dtype:
@@ -174,7 +184,7 @@ def make_model(
     }
     with whole_folder(folder) as temporary:
         model.set_attn_implementation("sdpa")
-        with _no_bars():
+        with no_bars():
             model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / _RECORD, record)
@@ -361,7 +371,7 @@ def _schedule(step: int, steps: int) -> float:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Without the progress bars that transformers draws over those of the run."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
