@@ -1,6 +1,8 @@
 """The end of a set's curation: what lives becomes shards of split train, what was held out becomes split test."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -9,8 +11,8 @@ import pyarrow.parquet as pq
 
 from .cards import card
 from .folder import RunFolder, read_json
-from .ledger import ledger_digest, records
-from .shards import write_curated
+from .ledger import State, ledger_digest, records
+from .shards import Tables, write_curated
 from .sift import SetPlan, full_steps, held_out_rows, state_before
 
 
@@ -26,33 +28,42 @@ def finish(folder: RunFolder, plan: SetPlan, release: Mapping[str, Any]) -> dict
             return manifest
     steps = full_steps(plan)
     state = state_before(folder, plan, len(steps))
-    test = list(held_out_rows(folder, plan, len(steps), state))
-    train = list(state.tables())
+    held = any(record["reasons"].get("held_out") for record in records(folder, plan.name))
+    splits: dict[str, Tables] = {"train": state.tables}
+    if held:
+        splits["test"] = partial(held_out_rows, folder, plan, len(steps), state)
     fields = ("set", "step", "judge", "came", "made", "kept", "dropped", "reasons")
     manifest = {
         **release,
         "name": f"{release['name']}-{plan.name}",
-        "sources": _sources(folder, [*train, *test]),
+        "sources": _sources(folder, _whence(state, partial(held_out_rows, folder, plan, len(steps), state))),
         "funnel": [{name: record[name] for name in fields} for record in records(folder, plan.name)],
         "ledger_digest": ledger,
     }
-    splits = {"train": train, "test": test} if test else {"train": train}
     return write_curated(home, plan.kind, splits, manifest, lambda whole: {"README.md": card(whole)})
 
 
-def _sources(folder: RunFolder, tables: Sequence[pa.Table]) -> list[dict[str, Any]]:
+def _whence(state: State, held_out: Callable[[Sequence[str]], Iterator[pa.Table]]) -> Iterator[pa.Table]:
+    """source and parents of every curated row."""
+    columns = ["source", "parents"]
+    yield from state.tables(columns)
+    yield from held_out(columns)
+
+
+def _sources(folder: RunFolder, tables: Iterator[pa.Table]) -> list[dict[str, Any]]:
     """Where curated rows come from, made rows through their parents: name, licence, rows, digest of each source."""
     named = {record["name"]: record for path in sorted(folder.rows.glob("*.json")) if (record := read_json(path))}
-    origin = _origins(folder, tables)
     counts: dict[str, int] = {}
+    made: Counter[tuple[str, ...]] = Counter()
     for table in tables:
-        for row_id, source, parents in zip(
-            *(table[n].to_pylist() for n in ("row_id", "source", "parents")), strict=True
-        ):
-            for name in {source} if source in named else {origin[p] for p in parents or () if p in origin}:
-                counts[name] = counts.get(name, 0) + 1
-            if row_id not in origin:
-                origin[row_id] = source
+        read = pc.is_in(table["source"], value_set=pa.array(list(named), pa.string()))
+        for item in pc.value_counts(table["source"].filter(read)).to_pylist():
+            counts[item["values"]] = counts.get(item["values"], 0) + item["counts"]
+        made.update(tuple(parents or ()) for parents in table["parents"].filter(pc.invert(read)).to_pylist())
+    origin = _origins(folder, {parent for parents in made for parent in parents})
+    for parents, rows in made.items():
+        for name in {origin[parent] for parent in parents if parent in origin}:
+            counts[name] = counts.get(name, 0) + rows
     return [
         {"name": n, "licence": named[n]["licence"], "rows": counts[n], "digest": named[n]["digest"]}
         for n in named
@@ -60,11 +71,8 @@ def _sources(folder: RunFolder, tables: Sequence[pa.Table]) -> list[dict[str, An
     ]
 
 
-def _origins(folder: RunFolder, tables: Sequence[pa.Table]) -> dict[str, str]:
-    """For every ancestor of a made row, the name of the source it was read from."""
-    wanted = {p for table in tables for parents in table["parents"].to_pylist() for p in parents or ()}
-    if not wanted:
-        return {}
+def _origins(folder: RunFolder, wanted: set[str]) -> dict[str, str]:
+    """For each of these rows and their ancestors, the name of the source it was read from."""
     found: dict[str, tuple[str, list[str]]] = {}
     while wanted - found.keys():
         before = len(found)

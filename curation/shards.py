@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .folder import HouseError, read_json, whole_folder, write_json
@@ -29,6 +30,9 @@ _COLUMNS: dict[str, dict[str, str]] = {
     "text": {"text": "text"},
 }
 _OPTIONAL = ("tools", "spans")
+
+Tables = Callable[[], Iterable[pa.Table]]
+"""Makes an iterator over tables of schema ROW, again at each call."""
 
 
 def shard_table(rows: pa.Table, kind: str, fields: Iterable[str], optional: Iterable[str]) -> pa.Table:
@@ -69,34 +73,27 @@ def _narrow(column: pa.ChunkedArray, fields: tuple[str, ...]) -> pa.ChunkedArray
 def write_curated(
     folder: Path,
     kind: str,
-    splits: Mapping[str, list[pa.Table]],
+    splits: Mapping[str, Tables | Iterable[pa.Table]],
     manifest: Mapping[str, Any],
     extra: Callable[[Mapping[str, Any]], Mapping[str, str]],
 ) -> dict[str, Any]:
     """Writes shards, then the files (name -> text) that `extra` makes of the whole manifest, then the manifest:
     `manifest` plus schema_version, kind, files and rows (of split train).
 
-    splits: name -> tables of schema ROW, in order. Equal input gives equal bytes."""
-    every = [table for tables in splits.values() for table in tables]
-    fields, optional = used_fields(every, kind)
+    splits: name -> tables of schema ROW, in order, or a function that gives them: they are read twice, and held one
+    shard at a time. Equal rows give equal bytes, however they are parted among tables."""
+    sources = {name: _again(tables) for name, tables in splits.items()}
+    fields, optional = used_fields((table for tables in sources.values() for table in tables()), kind)
     files = []
     with whole_folder(folder) as temporary:
         (temporary / "data").mkdir()
-        for split, tables in splits.items():
-            shards = list(_shards([shard_table(table, kind, fields, optional) for table in tables if table.num_rows]))
+        for split, tables in sources.items():
+            count, size = _cuts(shard_table(table, kind, fields, optional) for table in tables())
+            shards = _shards((shard_table(table, kind, fields, optional) for table in tables()), size)
             for index, shard in enumerate(shards):
-                name = f"data/{split}-{index:05d}-of-{len(shards):05d}.parquet"
+                name = f"data/{split}-{index:05d}-of-{count:05d}.parquet"
                 pq.write_table(shard, temporary / name, compression="zstd")
-                raw = (temporary / name).read_bytes()
-                files.append(
-                    {
-                        "path": name,
-                        "split": split,
-                        "rows": shard.num_rows,
-                        "bytes": len(raw),
-                        "sha256": hashlib.sha256(raw).hexdigest(),
-                    }
-                )
+                files.append({"path": name, "split": split, "rows": shard.num_rows, **_bytes(temporary / name)})
         rows = sum(int(str(file["rows"])) for file in files if file["split"] == "train")
         whole = {"schema_version": SCHEMA_VERSION, **manifest, "kind": kind, "files": files, "rows": rows}
         for name, text in extra(whole).items():
@@ -105,15 +102,56 @@ def write_curated(
     return whole
 
 
-def _shards(tables: list[pa.Table]) -> Iterator[pa.Table]:
-    """`tables` regrouped into shards of about SHARD_BYTES, the cuts depending on content alone."""
-    if not tables:
-        return
-    whole = pa.concat_tables(tables).combine_chunks()
-    count = max(1, -(-whole.nbytes // SHARD_BYTES))
-    size = -(-whole.num_rows // count)
-    for start in range(0, whole.num_rows, size):
-        yield whole.slice(start, size)
+def _again(tables: Tables | Iterable[pa.Table]) -> Tables:
+    if callable(tables):
+        return tables
+    held = list(tables)
+    return lambda: held
+
+
+def _bytes(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cuts(tables: Iterable[pa.Table]) -> tuple[int, int]:
+    """Number of shards of about SHARD_BYTES and rows of each, by what the rows say alone."""
+    rows = weight = 0
+    for table in tables:
+        rows += table.num_rows
+        weight += sum(_weight(chunk) for column in table.columns for chunk in column.chunks)
+    count = max(1, -(-weight // (8 * SHARD_BYTES))) if rows else 0
+    size = -(-rows // count) if count else 1
+    return (-(-rows // size), size) if count else (0, 1)
+
+
+def _weight(values: pa.Array) -> int:
+    """Bits of Arrow memory that these values need, the same however they are sliced and padded."""
+    kind = values.type
+    if pa.types.is_string(kind):
+        return 32 * len(values) + 8 * (pc.sum(pc.binary_length(values)).as_py() or 0)
+    if pa.types.is_list(kind):
+        return 32 * len(values) + _weight(values.flatten())
+    if pa.types.is_struct(kind):
+        return sum(_weight(field) for field in values.flatten())
+    return len(values) * int(kind.bit_width)
+
+
+def _shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """`tables` regrouped into shards of `size` rows."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        while sum(one.num_rows for one in waiting) >= size:
+            whole = pa.concat_tables(waiting)
+            yield whole.slice(0, size).combine_chunks()
+            waiting = [whole.slice(size)]
+    if waiting and (rest := pa.concat_tables(waiting)).num_rows:
+        yield rest.combine_chunks()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -137,7 +175,7 @@ def read_split(folder: Path, split: str = "train", *, verify: bool = True) -> pa
         if file["split"] != split:
             continue
         path = folder / file["path"]
-        if verify and hashlib.sha256(path.read_bytes()).hexdigest() != file["sha256"]:
+        if verify and _sha256(path) != file["sha256"]:
             raise HouseError(
                 f"{path} does not have the sha256 that the manifest states; curate again into a new folder"
             )

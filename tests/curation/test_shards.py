@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from gristmill.curation import shards
 from gristmill.curation.folder import HouseError
 from gristmill.curation.rows import message, table
 from gristmill.curation.shards import plain_messages, read_manifest, read_split, write_curated
@@ -62,6 +63,28 @@ def test_equal_rows_give_equal_bytes(tmp_path: Path, make_row: Make) -> None:
     ]
     assert files[0] == files[1]
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files[0])
+
+
+def test_shards_are_cut_by_what_rows_say_however_they_come(
+    tmp_path: Path, make_row: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 10_000)
+    rows = [make_row("a", i, f"q{i}", "word " * (i % 30), tools="[]" if i % 2 else None) for i in range(400)]
+    manifests = []
+    for size in (7, 100, 400):
+        pieces = [table(rows[start : start + size]) for start in range(0, len(rows), size)]
+        folder = tmp_path / str(size)
+        manifests.append(write_curated(folder, "sft", {"train": pieces.copy}, {"name": "x"}, lambda whole: {}))
+    assert manifests[0] == manifests[1] == manifests[2]
+    files = manifests[0]["files"]
+    assert len(files) > 5 and {file["path"][-8:] for file in files} == {".parquet"}
+    assert [file["path"][5:] for file in files] == [
+        f"train-{i:05d}-of-{len(files):05d}.parquet" for i in range(len(files))
+    ]
+    assert len({file["rows"] for file in files[:-1]}) == 1 and 0 < files[-1]["rows"] <= files[0]["rows"]
+    back = read_split(tmp_path / "7")
+    assert back["row_id"].to_pylist() == [row["row_id"] for row in rows]
+    assert [turns[1]["content"] for turns in back["messages"].to_pylist()] == ["word " * (i % 30) for i in range(400)]
 
 
 def test_datasets_reads_the_folder(tmp_path: Path, make_row: Make) -> None:
