@@ -16,12 +16,12 @@ from ..curation.rows import digest as digest_of
 from ..curation.sift import SetPlan, full_steps, held_out_rows, state_before, step_name
 from .progress import Done, interrupts_wait
 from .recipe import Curate, Recipe, plain
-from .stages import nearest
+from .stages import nearest, steps_of
 
 
 def set_plan(recipe: Recipe, stage: Curate) -> SetPlan:
     """What curation needs to know of one set."""
-    return SetPlan(stage.set, stage.kind, stage.sources, stage.steps, stage.held_out, recipe.seed)
+    return SetPlan(stage.set, stage.kind, stage.sources, steps_of(recipe, stage), stage.held_out, recipe.seed)
 
 
 class Workshop:

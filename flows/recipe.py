@@ -5,7 +5,7 @@ their hint says (`version: 1.0` stays "1.0", `1e-3` is a number). `${VAR}` and `
 a literal `${`. Relative paths are relative to the current directory.
 
 Overrides, `key=value` with a YAML value, address
-    seed  version  name  licences                    the recipe's own keys
+    seed  version  name  licences  decontaminate     the recipe's own keys
     sources.NAME.KEY  models.NAME.KEY                 models.base={path: DIR} replaces a whole entry
     sets.SET.KEY                                      held_out, kind, sources of a curated set
     sets.SET.CLASS.KEY  sets.SET.CLASS.2.KEY          a field of its step CLASS (of the second one, where there are two)

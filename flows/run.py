@@ -23,7 +23,7 @@ from .models import Workshop, set_plan
 from .progress import Done, Silent, interrupts_wait, timed
 from .recipe import Curate, Recipe, Source, Train, check, digest, dump
 from .server import prefect_environment, prefect_server
-from .stages import Evaluate, models_of
+from .stages import Evaluate, cautions, models_of
 
 Parts = Literal["all", "curate"]
 NOT_OURS = ("measures", "models", "cache")  # what may outlive a release or change without it
@@ -80,6 +80,8 @@ def run(
     if finished(recipe, folder, parts):
         return Result(folder, cached=True, waiting=waiting)
     started = start(recipe, folder, previous)
+    for caution in cautions(recipe):
+        show.say(f"! {caution}")
     with sole(folder.root), pool(workers, executor) as crew:
         for job in jobs(recipe, folder, started, waiting if parts == "curate" else None, crew):
             each(job, show)

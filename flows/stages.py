@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
+from ..curation.benchmark_sets import EvaluationSet
 from ..curation.folder import HouseError
+from ..curation.judges.decontaminate import Decontaminate
 from ..curation.reading.source import Source
 from ..curation.shards import Kind
 from ..curation.steps import Step
@@ -93,12 +95,15 @@ Stage = Curate | Train | Evaluate
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. licences: those that sources may have; None: any. Stages run in order."""
+    """A whole run. licences: those that sources may have; None: any. decontaminate: evaluation sets; every set that a
+    stage trains on, and that has no Decontaminate after its last maker, gets one there, before the judges. None: such a
+    set is named in a warning; empty: it is meant so. Stages run in order."""
 
     name: str
     version: str = "1.0.0"
     seed: int = 0
     licences: tuple[str, ...] | None = None
+    decontaminate: tuple[str | EvaluationSet, ...] | None = None
     sources: tuple[Source, ...] = ()
     models: Mapping[str, Model] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
@@ -111,6 +116,41 @@ class Recipe:
 
     def source(self, name: str) -> Source:
         return next(source for source in self.sources if source.name == name)
+
+
+def steps_of(recipe: Recipe, stage: Curate) -> tuple[Step, ...]:
+    """The steps of a set, with the gate that the recipe's `decontaminate` asks for."""
+    if not recipe.decontaminate or stage.set not in _open_to_evaluation_sets(recipe):
+        return stage.steps
+    start = _made_by(stage)
+    return (*stage.steps[:start], Decontaminate(recipe.decontaminate), *stage.steps[start:])
+
+
+def cautions(recipe: Recipe) -> Iterator[str]:
+    """What is no error, and yet to be said loudly before a run and after it."""
+    if recipe.decontaminate is None:
+        for name in _open_to_evaluation_sets(recipe):
+            yield (
+                f"set {name} trains a model, and no step Decontaminate looks at all its rows: what the model is"
+                " measured on may be among them. Name your evaluation sets, in the recipe by"
+                " `decontaminate: [gsm8k_test.parquet]` (`[]` if there are none) or in the set by a step"
+                " `Decontaminate: {sets: {gsm8k: PATH}}`."
+            )
+
+
+def _open_to_evaluation_sets(recipe: Recipe) -> list[str]:
+    """Sets that a stage trains on, and that have no Decontaminate after their last maker."""
+    trained = {stage.set for stage in recipe.trained().values()}
+    return [
+        name
+        for name, stage in recipe.sets().items()
+        if name in trained and not any(isinstance(step, Decontaminate) for step in stage.steps[_made_by(stage) :])
+    ]
+
+
+def _made_by(stage: Curate) -> int:
+    """The number of steps after which no row is made any more."""
+    return max((place for place, step in enumerate(stage.steps, 1) if step.scope == "maker"), default=0)
 
 
 def nearest(word: str, known: Iterator[str] | tuple[str, ...] | list[str]) -> str:

@@ -13,7 +13,7 @@ from ..curation.steps import find_steps
 from .progress import Silent
 from .recipe import Recipe
 from .run import Result
-from .stages import nearest
+from .stages import cautions, nearest
 
 SENTENCE = re.compile(r"(?<=[.;])\s+(?=[A-Z])")  # where a docstring's first sentence ends
 
@@ -30,6 +30,8 @@ def show_result(recipe: Recipe, result: Result, show: Silent) -> None:
     rows = result.evaluation()
     if rows:
         console.print(_evaluation_table(rows))
+    for caution in cautions(recipe):
+        console.print(f"! {caution}", markup=False, style="yellow")
     for name in result.waiting:
         console.print(f"The set {name} needs a trained model: `gristmill run` makes it.", markup=False)
     console.print(f"Report: {result.folder.report.resolve()}", markup=False)

@@ -61,8 +61,8 @@ class Mixture:
     group runs dry. unit: rows, words or tokens; tokens: the measure that counts them.
 
     Shares are rounded by largest remainders. Where a group runs dry its quota goes to the others; no row is taken
-    twice. Rows are drawn by a hash of (`seed`, row_id). Reasons: not_selected; not_scorable where a row's tokens are unknown.
-    Evidence of every row: {group, quota, rank}, in rows kept where rank <= quota.
+    twice. Rows are drawn by a hash of (`seed`, row_id). Reasons: not_selected; not_scorable where a row's tokens are
+    unknown. Evidence of every row: {group, quota, rank}, in rows kept where rank <= quota.
     """
 
     budget: int | None = None
