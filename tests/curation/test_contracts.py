@@ -32,7 +32,10 @@ NEEDED: dict[str, dict[str, Any]] = {
     "PerplexityQuantile": {"model": "m"},
     "PerplexityRange": {"model": "m"},
     "PreferenceFromModel": {"model": "m"},
+    "RandomSample": {"budget": 2},
     "ResponsePerplexity": {"model": "m"},
+    "StratifiedSample": {"budget": 2},
+    "TopScore": {"budget": 2},
 }
 MEASURES = sorted(name for name, kind in STEPS.items() if hasattr(kind, "measure"))
 JUDGES = sorted(name for name, kind in STEPS.items() if getattr(kind, "scope", None) in ("row", "corpus"))

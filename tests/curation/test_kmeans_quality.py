@@ -3,21 +3,24 @@
 import json
 import math
 import random
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gristmill.curation.folder import HouseError
-from gristmill.curation.judges.kmeans_quality import KMeansQuality, clusters, gumbel, quotas, standardised
+from gristmill.curation.judges.kmeans_quality import KMeansQuality, clusters, standardised
+from gristmill.curation.measures.embedding import Embedding
 from gristmill.curation.measures.length import Length
 from gristmill.curation.measures.perplexity import ResponsePerplexity
 from gristmill.curation.rows import table
+from gristmill.curation.selection import Pool, row_keys
 
 Make = Callable[..., dict[str, Any]]
 TOPICS = ("knead dough yeast", "nova parsec comet", "delta meander weir", "verb noun tense", "rook pawn queen")
@@ -26,8 +29,11 @@ TOPICS = ("knead dough yeast", "nova parsec comet", "delta meander weir", "verb 
 class Rows:
     """A corpus in parts, with one value column."""
 
-    def __init__(self, rows: list[dict[str, Any]], values: Sequence[float | None], part: int = 1000) -> None:
+    def __init__(
+        self, rows: list[dict[str, Any]], values: Sequence[float | None], part: int = 1000, kept: Path | None = None
+    ) -> None:
         self.all, self.scores, self.part = rows, list(values), part
+        self.kept = Path(tempfile.mkdtemp()) if kept is None else kept
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         for start in range(0, len(self.all), self.part):
@@ -149,53 +155,6 @@ def test_refuses_what_cannot_be_done(wrong: dict[str, Any], message: str) -> Non
         KMeansQuality(**{"budget": 5} | wrong)
 
 
-CLUSTERS = st.lists(st.tuples(st.integers(1, 400), st.floats(0, 1)), min_size=1, max_size=40)
-
-
-@settings(max_examples=200, deadline=None)
-@given(CLUSTERS, st.integers(1, 5000))
-def test_quotas_spend_the_budget_within_their_bounds(drawn: list[tuple[int, float]], budget: int) -> None:
-    sizes = np.array([size for size, _ in drawn])
-    available = np.array([int(size * share) for size, share in drawn])
-    found = quotas(sizes, available, budget)
-    assert found.sum() == min(budget, available.sum())
-    assert (found >= 0).all() and (found <= available).all()
-    if budget >= np.count_nonzero(available):
-        assert (found[available > 0] >= 1).all()
-    # fairness: a cluster that is neither full nor at its least has no less than a smaller one minus rounding
-    free = (found < available) & (found > 1)
-    for i in np.flatnonzero(free):
-        smaller = sizes < sizes[i]
-        assert (found[smaller] <= found[i] + 1).all()
-
-
-def test_quotas_are_proportional_with_the_largest_remainders_first() -> None:
-    sizes = np.array([50, 30, 20])
-    assert quotas(sizes, sizes, 10).tolist() == [5, 3, 2]
-    assert quotas(sizes, sizes, 9).tolist() == [4, 3, 2]  # 4.5, 2.7, 1.8
-    assert quotas(sizes, sizes, 2).tolist() == [1, 1, 0]  # 1.0, 0.6, 0.4
-    assert quotas(np.array([97, 2, 1]), np.array([97, 2, 1]), 10).tolist() == [8, 1, 1]
-    assert quotas(sizes, np.array([1, 30, 20]), 11).tolist() == [1, 6, 4]
-
-
-def test_equal_qualities_draw_uniformly() -> None:
-    """4,000 draws of 5 of 20: each row 1,000 times; chi-square of 19 degrees, 43.8 at one in a thousand."""
-    names = [f"row{i}" for i in range(20)]
-    counts = np.zeros(20)
-    for seed in range(4000):
-        counts[np.argsort(-gumbel(names, seed))[:5]] += 1
-    assert ((counts - 1000) ** 2 / 1000).sum() < 43.8
-    assert counts.sum() == 20_000
-
-
-def test_draws_follow_the_softmax() -> None:
-    logits = np.log([0.1, 0.2, 0.3, 0.4])
-    names = list("abcd")
-    first = np.array([np.argmax(logits + gumbel(names, seed)) for seed in range(20_000)])
-    shares = np.bincount(first, minlength=4) / 20_000
-    assert np.abs(shares - [0.1, 0.2, 0.3, 0.4]).max() < 4 * math.sqrt(0.25 / 20_000)
-
-
 def test_standardised_values() -> None:
     found = standardised(np.array([math.e - 1, math.e**3 - 1, math.nan, math.inf]), "perplexity", "high")
     assert np.allclose(found[:2], [-1, 1]) and np.isnan(found[2:]).all()
@@ -203,8 +162,45 @@ def test_standardised_values() -> None:
     assert standardised(np.array([5.0, 5.0, math.nan]), "response_words", "high")[:2].tolist() == [0, 0]
 
 
-def test_clusters_are_numbered_in_order_of_appearance_without_gaps() -> None:
-    vectors = np.repeat(np.eye(4, 8, dtype=np.float32), 5, axis=0)[::-1].copy()
-    assert clusters(vectors, 4, 0).tolist() == [n // 5 for n in range(20)]
-    assert clusters(vectors, 100, 0).max() == 3  # four distinct points
-    assert clusters(np.zeros((6, 8), np.float32), 3, 0).tolist() == [0] * 6
+def test_clusters_are_numbered_in_the_order_of_the_ids_without_gaps() -> None:
+    found = np.repeat(np.eye(4, 8, dtype=np.float32), 5, axis=0)[::-1].copy()
+    names = [f"{n:032x}" for n in range(20)]
+    pool = Pool(row_keys(pa.array(names)), np.zeros(20), np.ones(20, np.int64), np.ones(20, np.bool_))
+    assert clusters(found, pool, 4).tolist() == [n // 5 for n in range(20)]
+    assert clusters(found, pool, 100).max() == 3  # four distinct points
+    assert clusters(np.zeros((20, 8), np.float32), pool, 3).tolist() == [0] * 20
+
+
+def test_other_budgets_are_decided_from_what_was_kept(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    values: list[float | None] = [None if n % 11 == 0 else (7 * n) % 40 + 1 for n in range(len(rows))]
+    first = KMeansQuality(30, k=5, dims=8)
+    first.judge(Rows(rows, values, kept=tmp_path))  # type: ignore[arg-type]
+    came = np.ones(len(rows), np.bool_)
+    for change in ({"budget": 12}, {"temperature": 0.1}, {"seed": 5}, {"shares": "equal"}, {"prefer": "low"}):
+        other = replace(first, **change)  # type: ignore[arg-type]
+        again = other.rejudge(Rows(rows, values), tmp_path, came)  # type: ignore[arg-type]
+        assert again is not None and again.to_pylist() == judged(other, rows, values)
+    for change in ({"k": 4}, {"dims": 9}, {"view": "pair"}, {"quality": "prompt_words"}, {"unit": "words"}):
+        assert replace(first, **change).rejudge(Rows(rows, values), tmp_path, came) is None  # type: ignore[arg-type]
+    came[3] = False
+    assert first.rejudge(Rows(rows, values), tmp_path, came) is None  # type: ignore[arg-type]
+
+
+def test_equal_shares_and_budgets_in_words(rows: list[dict[str, Any]]) -> None:
+    chosen = kept(KMeansQuality(25, k=5, dims=8, shares="equal"), rows)
+    assert Counter(topic(row) for row in rows if row["row_id"] in chosen) == dict.fromkeys(range(5), 5)
+    values = [(7 * n) % 40 + 1 for n in range(len(rows))]
+    words = judged(KMeansQuality(500, k=5, dims=8, unit="words"), rows, values)
+    left = 500 - sum(value for value, found in zip(values, words, strict=True) if found["keep"])
+    assert 0 <= left < min(value for value, found in zip(values, words, strict=True) if not found["keep"])
+    proof = [json.loads(found["evidence"]) for found in words]
+    assert [each["words"] for each in proof] == values
+    assert {each["cluster"] for each, found in zip(proof, words, strict=True) if found["keep"]} == set(range(5))
+
+
+def test_any_measure_and_any_embedding(rows: list[dict[str, Any]]) -> None:
+    judge = KMeansQuality(5, embedding="e", of=ResponsePerplexity("m"), column="min_prob", prefer="low")
+    assert judge.needs == (ResponsePerplexity("m"), Embedding("e", "prompt"))
+    assert judge.read == (ResponsePerplexity("m"), "min_prob")
+    with pytest.raises(HouseError, match="name a column"):
+        KMeansQuality(5, of=ResponsePerplexity("m"))
