@@ -1,7 +1,7 @@
 """Who goes, given which rows say the same and which pairs are near: arrays only, so that a decision over a million rows
 is a fraction of a second, today as well as on another day with another threshold or with fewer rows."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,7 +33,17 @@ class Said:
             return None
         number = np.cumsum(came, dtype=np.int32) - np.int32(1)
         row = None if self.row is None else number[self.row[alive]]
-        return replace(self, rows=int(came.sum()), pairs=pairs, row=row)
+        here = _alive(self.pairs, alive)
+        earlier = None if self.earlier is None else self.earlier[here]
+        near = None if self.earlier_near is None else self.earlier_near[here]
+        return Said(int(came.sum()), pairs, row, earlier, near)
+
+    def first(self) -> Ints:
+        """Of each text its first unit."""
+        unit = np.flatnonzero(self.pairs.group >= 0)[::-1]
+        first = np.empty(self.pairs.texts(), np.int64)
+        first[self.pairs.group[unit]] = unit
+        return first
 
 
 @dataclass(frozen=True)
@@ -172,10 +182,16 @@ def _similarities(said: Said, owner: Ints, text: Ints, one: Ints, two: Ints) -> 
     return best
 
 
+def _alive(pairs: Pairs, units: Bools) -> Bools:
+    """Which texts one of these units says."""
+    texts = np.zeros(pairs.texts(), np.bool_)
+    texts[pairs.group[units & (pairs.group >= 0)]] = True
+    return texts
+
+
 def _only(pairs: Pairs, alive: Bools) -> Pairs | None:
     """The pairs that `near_pairs` would give of the units that are alive alone."""
-    texts = np.zeros(pairs.texts(), np.bool_)
-    texts[pairs.group[alive & (pairs.group >= 0)]] = True
+    texts = _alive(pairs, alive)
     use = pairs.light.copy()
     ends = np.searchsorted(pairs.left, np.arange(len(texts) + 1))
     sizes, members = pairs.sizes.copy(), pairs.members

@@ -62,7 +62,7 @@ def near_pairs(
     """
     first, group = _distinct(shingles, 0, len(shingles))
     ascending = np.argsort(first)  # so that the shingles are read from front to back
-    keys = _band_keys(shingles, first[ascending], bands, width, seed, scratch, threads)
+    keys = band_keys(shingles, first[ascending], bands, width, seed, scratch, threads)
     column = np.empty(len(first), np.int64)
     column[ascending] = np.arange(len(first))
     known, near, full = np.zeros(0, np.uint64), np.zeros(0), []
@@ -208,8 +208,8 @@ def _similar(
     threads: int,
 ) -> tuple[Ints, Ints, Reals]:
     """Verified pairs of indices into `rows`: those before `split` with those from it on."""
-    keys = _band_keys(shingles, rows, bands, width, seed, Path(), threads)
-    found = in_threads(lambda band: _matches(keys[band, :split], keys[band, split:], bucket), range(bands), threads)
+    keys = band_keys(shingles, rows, bands, width, seed, Path(), threads)
+    found = in_threads(lambda band: matches(keys[band, :split], keys[band, split:], bucket), range(bands), threads)
     pairs = np.unique(np.concatenate(found))
     left, right = (pairs >> _32).astype(np.int64), (pairs & _LOW).astype(np.int64) + split
     similarity = jaccards(shingles, rows[left], rows[right], threads)
@@ -217,8 +217,15 @@ def _similar(
     return left[near], right[near], similarity[near]
 
 
-def _band_keys(
-    shingles: Shingles, rows: Ints, bands: int, width: int, seed: int, scratch: Path, threads: int
+def band_keys(
+    shingles: Shingles,
+    rows: Ints,
+    bands: int,
+    width: int,
+    seed: int,
+    scratch: Path,
+    threads: int = 0,
+    name: str = "band-keys.u64",
 ) -> Hashes:
     """(bands, rows): one 64-bit key of the `width` minima of each band."""
     random = np.random.default_rng(seed)
@@ -226,7 +233,7 @@ def _band_keys(
     scale = random.integers(0, 2**32, lanes, np.uint32) | np.uint32(1)
     shift = random.integers(0, 2**32, lanes, np.uint32)
     factors = random.integers(0, 2**64, width, np.uint64) | np.uint64(1)
-    keys = matrix(scratch, "band-keys.u64", (bands, len(rows)), np.uint64)
+    keys = matrix(scratch, name, (bands, len(rows)), np.uint64)
 
     def block(low: int) -> None:
         part = slice(low, low + BLOCK)
@@ -322,7 +329,7 @@ def _buckets(keys, bucket, spare):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _matches(left, right, bucket):  # type: ignore[no-untyped-def]
+def matches(left, right, bucket):  # type: ignore[no-untyped-def]
     """l << 32 | r for left[l] == right[r], l among the first `bucket` of its key."""
     size = 16
     while size < 2 * left.size:

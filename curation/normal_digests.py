@@ -17,8 +17,9 @@ _P1, _P2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 _SPACE = np.uint64(32)
 
 
-def said_digests(tables: Iterable[pa.Table], units: Units, least: int, threads: int = 0) -> tuple[Said, Ints]:
-    """What the rows of `tables` say, equal where their normal forms are; and the characters that each row says."""
+def said_digests(tables: Iterable[pa.Table], units: Units, least: int, threads: int = 0) -> tuple[Said, Ints, Hashes]:
+    """What the rows of `tables` say, equal where their normal forms are; the characters that each row says; and the
+    digest of each text (the second half is 0 where a text equals no other)."""
     keys, lengths, owners = [np.zeros((0, 2), np.uint64)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
     seen = 0
     for rows in tables:
@@ -39,7 +40,9 @@ def said_digests(tables: Iterable[pa.Table], units: Units, least: int, threads: 
             lengths.append(length.astype(np.int32))
             seen += batch.num_rows
     row = np.concatenate(owners) if units == "turn" else None
-    return Said(seen, same_only(groups(np.concatenate(keys))), row), np.concatenate(lengths)
+    digests = np.concatenate(keys)
+    texts = Said(seen, same_only(groups(digests)), row)
+    return texts, np.concatenate(lengths), digests[texts.first()]
 
 
 def normal_digests(rows: pa.RecordBatch, which: View, threads: int = 0) -> tuple[Hashes, npt.NDArray[np.bool_], Ints]:

@@ -217,6 +217,7 @@ class LiveRows:
         self.rows, self.seed = state.rows, plan.seed
         # beside the run, where there is room, and swept away with what else a killed run leaves
         self.scratch = Path(tempfile.mkdtemp(prefix=f".{plan.name}-", suffix=".tmp", dir=folder.root))
+        self.home = folder.root.resolve() / plan.name  # what an index of earlier releases calls these rows
         self.measured: pa.Table | None = None
         self.taken: list[Taken] = []
 

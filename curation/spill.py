@@ -82,11 +82,13 @@ def _opened(path: Path) -> BinaryIO:
     try:
         return path.open("wb+")
     except OSError as error:
-        raise HouseError(f"cannot write {path}: {error.strerror}. Set TMPDIR to a folder with room.") from error
+        raise HouseError(
+            f"cannot write {path}: {error.strerror}. Free some space there, or choose another --out."
+        ) from error
 
 
 def _no_room(path: Path, size: int, error: OSError) -> HouseError:
     return HouseError(
         f"no room for what does not fit into memory: {path} needs at least {size / 1e6:,.0f} MB ({error.strerror})."
-        " Free some space there, or set TMPDIR to a folder with more."
+        " Free some space there, or choose another --out."
     )

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..folder import HouseError
 from ..steps import Corpus, Measure, Unmeasured
@@ -17,6 +18,7 @@ from ..text import VIEW_COLUMNS
 
 if TYPE_CHECKING:
     from ..duplicate_groups import Decision, Said
+    from ..duplicate_index import Index
     from ..spans import Ints
 
 
@@ -35,7 +37,10 @@ class ExactDuplicate(Unmeasured):
     after all that are. measure: the row of the highest (prefer: high) or lowest (low) value in `column` of the measure
     `of`; rows without a value come last. Ties go to the first.
 
-    Reason `exact_duplicate`, score 1, evidence {duplicate_of, view, cluster}; where rows are linked through others, as
+    index: as in NearDuplicate.
+
+    Reason `exact_duplicate`, score 1, evidence {duplicate_of, view, cluster} and of an
+    index {release}; where rows are linked through others, as
     only turns can be, also {via: the row that it shares a turn with}. Holds some 60 bytes a row; what it keeps beside
     its verdicts lets another survivor rule decide again without reading a text.
     """
@@ -47,6 +52,7 @@ class ExactDuplicate(Unmeasured):
     column: str | None = None
     prefer: Literal["high", "low"] = "high"
     turn_bytes: int = 48
+    index: str | None = None
 
     scope: ClassVar[Literal["corpus"]] = "corpus"
 
@@ -61,8 +67,20 @@ class ExactDuplicate(Unmeasured):
         from ..normal_digests import said_digests
 
         places = Places()
-        said, lengths = said_digests(_seen(corpus, places), self.view, self.turn_bytes)
-        return _judged(self, corpus, said, lengths, places)
+        said, lengths, keys = said_digests(_seen(corpus, places), self.view, self.turn_bytes)
+        index = _index(self, corpus)
+        if index is not None:
+            from ..duplicate_index import equal
+
+            earlier, near = equal(index, keys)
+            said = replace(said, earlier=earlier, earlier_near=near)
+        verdicts = _judged(self, corpus, said, lengths, places, index)
+        if index is not None:
+            texts, units = _kept_texts(said, verdicts)
+            sayable = keys[texts, 1] != 0
+            texts, units = texts[sayable], units[sayable]
+            _extend(corpus, index, said, units, {"keys": [keys[texts]]})
+        return verdicts
 
     def rejudge(self, corpus: Corpus, kept: Path, came: npt.NDArray[np.bool_]) -> pa.Table | None:
         """What `judge` gives on the rows of `corpus`, from what an earlier judging left in `kept`: those of its rows
@@ -75,14 +93,15 @@ class ExactDuplicate(Unmeasured):
     def _threshold(self) -> float:
         return 1.0
 
-    def _verdicts(self, rows: int, found: "Decision", corpus: Corpus) -> pa.Table:
-        ids = row_ids(corpus.tables(["row_id"]), np.r_[found.survivor, found.via])
+    def _verdicts(self, rows: int, found: "Decision", corpus: Corpus, index: "Index | None") -> pa.Table:
+        owners, releases, via = _names(found, corpus, index)
         count = len(found.dropped)
         evidence = {
-            "duplicate_of": ids[:count],
+            "duplicate_of": owners,
+            "release": releases,
             "view": pa.array([self.view] * count, pa.string()),
             "cluster": pa.array(found.cluster),
-            "via": ids[count:],
+            "via": via,
         }
         return drops(rows, found.dropped, "exact_duplicate", np.ones(count), json_column(evidence))
 
@@ -105,11 +124,16 @@ class NearDuplicate(Unmeasured):
     request: {bands: 14, rows_per_band: 8} (FineWeb; 0.92 at 0.8), 256 permutations {bands: 32, rows_per_band: 8}.
     seed: of the hash functions. survivor, sources, of, column, prefer: as in ExactDuplicate, longest by words.
 
+    index: a folder of earlier releases (begun where there is none), which nightly runs share. A row near one that an
+    earlier release kept goes, with all of its cluster, {release} in the evidence; what stays is added as release
+    OUT/SET, also if a later step drops it: so put this step last. A run that is done again sees the releases before its
+    own alone and replaces its own. On disk 8 bytes a word and 240 a row.
+
     Reason `near_duplicate`. Evidence {duplicate_of, cluster, similarity} where the similarity with the survivor is at
     least the floor; where it is below the threshold, {via, via_similarity}: the row through which this one is linked,
     following `via` from row to row ends at the survivor. Score: the similarity, else via_similarity. Results depend
     neither on the rows' order (but for `first`) nor on the number of processors. Holds some 60 bytes a row; shingles (8
-    bytes a word) and band keys (8 a band and row) beyond 256 MB each lie in files of TMPDIR.
+    bytes a word) and band keys (8 a band and row) beyond 256 MB each lie in files beside the run.
     """
 
     threshold: float = 0.7
@@ -126,6 +150,7 @@ class NearDuplicate(Unmeasured):
     chars: int | None = None
     floor: float | None = None
     turn_bytes: int = 48
+    index: str | None = None
 
     scope: ClassVar[Literal["corpus"]] = "corpus"
 
@@ -159,11 +184,26 @@ class NearDuplicate(Unmeasured):
             _seen(corpus, places), self.view, self.ngram, self.chars, self.turn_bytes, corpus.scratch
         )
         bands, width = self._bands()
+        index = _index(self, corpus)
         pairs = near_pairs(shingles, self._floor(), bands, width, self.seed, corpus.scratch)
         lengths = shingles.words
         if shingles.row is not None:
             lengths = np.bincount(shingles.row, shingles.words, len(places)).astype(np.int32)
-        return _judged(self, corpus, Said(len(places), pairs, shingles.row), lengths, places)
+        said = Said(len(places), pairs, shingles.row)
+        if index is None:
+            return _judged(self, corpus, said, lengths, places)
+        from ..duplicate_index import nearest, shingle_pieces
+        from ..minhash import band_keys
+
+        how = (bands, width, self.seed, corpus.scratch)
+        earlier, near = nearest(index, shingles, said.first(), self._floor(), *how)
+        said = replace(said, earlier=earlier, earlier_near=near)
+        verdicts = _judged(self, corpus, said, lengths, places, index)
+        _, units = _kept_texts(said, verdicts)
+        hashes, offsets = shingle_pieces(shingles, units)
+        keys = band_keys(shingles, units, *how, name="own-keys.u64")
+        _extend(corpus, index, said, units, {"keys": [keys], "hashes": hashes, "offsets": [offsets]})
+        return verdicts
 
     def rejudge(self, corpus: Corpus, kept: Path, came: npt.NDArray[np.bool_]) -> pa.Table | None:
         """What `judge` gives on the rows of `corpus`, from what an earlier judging left in `kept`: those of its rows
@@ -194,14 +234,15 @@ class NearDuplicate(Unmeasured):
     def _threshold(self) -> float:
         return self.threshold
 
-    def _verdicts(self, rows: int, found: "Decision", corpus: Corpus) -> pa.Table:
-        ids = row_ids(corpus.tables(["row_id"]), np.r_[found.survivor, found.via])
-        count, indirect = len(found.dropped), found.via >= 0
+    def _verdicts(self, rows: int, found: "Decision", corpus: Corpus, index: "Index | None") -> pa.Table:
+        owners, releases, via = _names(found, corpus, index)
+        indirect = found.via >= 0
         evidence = {
-            "duplicate_of": ids[:count],
+            "duplicate_of": owners,
+            "release": releases,
             "similarity": pa.array(found.similarity, mask=np.isnan(found.similarity)),
             "cluster": pa.array(found.cluster),
-            "via": ids[count:],
+            "via": via,
             "via_similarity": pa.array(found.via_similarity, mask=~indirect),
         }
         score = np.where(indirect, found.via_similarity, found.similarity)
@@ -209,6 +250,42 @@ class NearDuplicate(Unmeasured):
 
 
 Judge = ExactDuplicate | NearDuplicate
+
+
+def _index(step: Judge, corpus: Corpus) -> "Index | None":
+    from ..duplicate_index import open_index
+
+    if step.index is None:
+        return None
+    return open_index(Path(step.index), json.dumps(step._settings()), getattr(corpus, "home", None))
+
+
+def _kept_texts(said: "Said", verdicts: pa.Table) -> "tuple[Ints, Ints]":
+    """Numbers of the texts of the rows that stay, and of each a unit of such a row."""
+    stays = verdicts["keep"].to_numpy()
+    units = np.flatnonzero((stays if said.row is None else stays[said.row]) & (said.pairs.group >= 0))
+    texts, first = np.unique(said.pairs.group[units], return_index=True)
+    return texts.astype(np.int64), units[first]
+
+
+def _extend(corpus: Corpus, index: "Index", said: "Said", units: "Ints", arrays: Any) -> None:
+    """Adds the rows that stay to the index, unless the corpus is of no run (a preview)."""
+    from ..duplicate_index import extend
+
+    home = getattr(corpus, "home", None)
+    if home is not None:
+        rows = units if said.row is None else said.row[units]
+        extend(index, home, row_ids(corpus.tables(["row_id"]), rows), arrays)
+
+
+def _names(found: "Decision", corpus: Corpus, index: "Index | None") -> tuple[pa.Array, pa.Array, pa.Array]:
+    """row_id and release of each survivor (release: null where it is of this run), and row_id of each `via`."""
+    count = len(found.dropped)
+    ids = row_ids(corpus.tables(["row_id"]), np.r_[np.where(found.earlier, -1, found.survivor), found.via])
+    if index is None:
+        return ids[:count], pa.nulls(count, pa.string()), ids[count:]
+    names, releases = index.names(np.where(found.earlier, found.survivor, -1))
+    return pc.coalesce(ids[:count], names), releases, ids[count:]
 
 
 def _check(step: Judge) -> None:
@@ -225,13 +302,15 @@ def _check(step: Judge) -> None:
         raise HouseError(f"{name}: {type(step.of).__name__} has no column {step.column}; it has {known}")
 
 
-def _judged(step: Judge, corpus: Corpus, said: "Said", lengths: "Ints", places: Places) -> pa.Table:
+def _judged(
+    step: Judge, corpus: Corpus, said: "Said", lengths: "Ints", places: Places, index: "Index | None" = None
+) -> pa.Table:
     """Keeps what was measured, and decides."""
     from ..duplicate_files import write_said
 
     values = _values(step, corpus)
     write_said(corpus.kept, json.dumps(step._settings()), said, lengths, values, _measure(step))
-    verdicts = _decided(step, corpus, said, np.ones(len(places), np.bool_), lengths, values, places)
+    verdicts = _decided(step, corpus, said, np.ones(len(places), np.bool_), lengths, values, places, index)
     assert verdicts is not None, "all rows are there"
     return verdicts
 
@@ -239,6 +318,8 @@ def _judged(step: Judge, corpus: Corpus, said: "Said", lengths: "Ints", places: 
 def _rejudged(step: Judge, corpus: Corpus, kept: Path, came: npt.NDArray[np.bool_]) -> pa.Table | None:
     from ..duplicate_files import read_said
 
+    if step.index is not None:  # it must be asked anew, and extended
+        return None
     found = read_said(kept, json.dumps(step._settings()), _measure(step), len(came))
     if found is None:
         return None
@@ -266,6 +347,7 @@ def _decided(
     lengths: "Ints",
     values: npt.NDArray[np.float64] | None,
     places: Places,
+    index: "Index | None" = None,
 ) -> pa.Table | None:
     from ..duplicate_groups import decided
 
@@ -274,7 +356,7 @@ def _decided(
         return None
     rule = Rule(step.survivor, step.sources, step.prefer)
     rank = places.rank(rule, lengths, values, lambda wanted: row_ids(corpus.tables(["row_id"]), wanted))
-    return step._verdicts(some.rows, decided(some, rank, step._threshold()), corpus)
+    return step._verdicts(some.rows, decided(some, rank, step._threshold()), corpus, index)
 
 
 def _measure(step: Judge) -> str:
