@@ -1,13 +1,17 @@
 """A judge of the defects that instruction data is known for: answers that are none, prompts that ask the impossible."""
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
 
-from ..steps import Unmeasured, verdicts
-from ..text import VIEW_COLUMNS, prompt_of, response_of
+from ..arithmetic import wrong_arithmetic
+from ..flags import flagged
+from ..steps import Unmeasured
+from .requests import LOOK, MEDIA, absent_code, attached_content, known_classes, request, url_content
 
 _NO = r"no[ _-]?(?:in|out)puts?e?"
 # A bracketed marker with whatever follows, the bare words alone, or the bare words with a reason.
@@ -19,7 +23,7 @@ _NO_OUTPUT = re.compile(
 _NOT_AVAILABLE = re.compile(r"\bn/a\b", re.IGNORECASE)
 # The prompt's last paragraph or line is nothing but the marker ("No input required.", "`<noinput>`", "<none>").
 _NOINPUT = re.compile(
-    rf"(?:\A|\n)[^\w\n]*(?:{_NO}(?:[^\w\n]*(?:is )?(?:required|needed|provided|necessary))?(?: \d+)?"
+    rf"(?:\A|\n)[^\w\n]*(?:{_NO}(?:[^\w\n]*(?:is )?(?:required|needed|provided|necessary))?(?:>? \d+)?"
     r"|<\s*(?:none|empty|n/a)\s*>|n/a)[^\w\n]*\Z",
     re.IGNORECASE,
 )
@@ -32,10 +36,6 @@ _INSERT = re.compile(
 _TEMPLATE = re.compile(
     r"\b(?:templates?|placeholders?|blanks?|forms?|outline|insert|fill[ -]in|boilerplate|skeleton)\b", re.I
 )
-_MEDIA = (
-    r"(?:image|picture|photo(?:graph)?|painting|drawing|sketch|figure|diagram|graph|chart|plot|screenshot|logo|poster"
-    r"|video|audio|sound|song|recording|file|document|attachment|comic|cartoon|map|article)s?"
-)
 # What a letter or an advertisement may leave open: "Dear [insert name]".
 _OPEN_FIELD = re.compile(
     r"\W(?:insert|paste)\b.*\b(?:names?|dates?|times?|e-?mail|address|phone|numbers?|company|location|city|link|url|website|signature|logo|title)\W*\Z",
@@ -43,96 +43,163 @@ _OPEN_FIELD = re.compile(
 )
 # The answer is nothing but a stand-in for a picture or a file: "<cropped image attached>", "[Image of structure]".
 _STAND_IN = re.compile(
-    rf"(?:\[[^\]\n(]{{0,60}}\b{_MEDIA}\b[^\]\n]{{0,60}}\]|<[^>=\n]{{0,40}}\b{_MEDIA}\b[^>=\n]{{0,40}}>)\Z", re.I
+    rf"(?:\[[^\]\n(]{{0,60}}\b{MEDIA}\b[^\]\n]{{0,60}}\]|<[^>=\n]{{0,40}}\b{MEDIA}\b[^>=\n]{{0,40}}>)\Z", re.I
 )
-# A line of the prompt that stands for something a text model cannot see.
-_ATTACHED = re.compile(
-    rf"^(?:!\[[^\]\n]*\]\([^)\n]*\)|[<\[(](?:an? |the |include |insert |attach(?:ed)? |see |link to |upload(?:ed)? )*"
-    rf"{_MEDIA}(?: (?:(?:attached|provided|here|below|link|url|file)\b[^>\]\)\n]*"
-    r"|(?:of|from|showing)(?: [^\s>\])]+){1,3}))?[>\])])\s*$",
+# A fenced block or element without code, or a stand-in for code.
+_EMPTY_CODE = re.compile(
+    r"^[ \t]*```[^\n`]*\n\s*```[ \t]*$|<code>\s*</code>|<pre>\s*</pre>"
+    r"|\A\W*(?:your code|code goes|insert code|code|add code)(?: goes)? here\W*\Z|\A[\[<](?:code|code snippet)[\]>]\Z",
     re.IGNORECASE | re.MULTILINE,
 )
-_SHORT = 400  # characters: a longer prompt has enough besides the picture; `</` shows that the line is a tag
-_INSERTED = re.compile(r"^[<\[]insert\b[^>\]\n]{1,60}[>\]]\s*$", re.IGNORECASE | re.MULTILINE)
-# The prompt ends in the bare address of a page (a site's name alone may say enough) …
-_URL = re.compile(r"(?:\A|\n)[^\n:]{0,24}:?[ \n]*<?(?P<url>(?:https?://|www\.)[^\s<>/]+/[^\s<>]+)>?\s*\Z")
-# … and asks about what lies there, not about the address.
-_CONTENT = re.compile(
-    r"\b(?:article|story|web ?site|web ?page|page|blog|post|document|essay|paper|text|passage|content|book"
-    rf"|report|data ?set|movie|film|trailer|advert\w*|artwork|art|piece|design|flag|{_MEDIA})\b",
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # C0 and C1 but for what is white space
+# An escape that was never undone: "first line\nSecond line". Not a lower-case letter after it, as in LaTeX's \nu, \tan.
+_ESCAPE = re.compile(r"\\r?\\n|\\n(?=[A-Z\d\s*-]|\Z)|\\t(?=[A-Z\d\s])|\\u[0-9a-fA-F]{4}")
+_SPEAKS_OF_ESCAPES = re.compile(
+    r"[{};`=]|\b(?:print\w*|code|program|function|script|python|java\w*|regex\w*|regular|escape\w*|new ?lines?|string|split|json"
+    r"|unicode|cout|latex|c\+\+|sql|tabs?|character)\b|\\(?:frac|text|begin|left|cdot|times)",
     re.IGNORECASE,
 )
-_ADDRESS = re.compile(
-    r"\b(?:urls?|links?|domain|address|hyperlink|shorten|encod|pars|regex\w*|html|https? request|api|code|script"
-    r"|program|scrap|crawl|python|java|sql|server|function|tweet|hashtag|cit(?:e|ation)|reference|bibliograph\w*|markdown)",
-    re.IGNORECASE,
+_UNCLEAR = re.compile(  # a prompt that says nothing, or a template whose slots were never filled
+    r"\A[\W_]*(?:(?:undefined|none|null|nan|todo|tbd|lorem ipsum|asdf\w*|instruction|input|n/?a)[\W_]*)?\Z"
+    r"|\A\W*(?:instruction|prompt|question)\W*\Z|^\s*(?:\{\{ ?\w+ ?\}\}|\{(?:instruction|input|prompt|question|text)\})\s*$",
+    re.IGNORECASE | re.MULTILINE,
 )
+CLASSES = (
+    "empty_response",
+    "no_output",
+    "merged_instruction",
+    "placeholder",
+    "noinput_marker",
+    "missing_content",
+    "image_request",
+    "empty_code",
+    "wrong_answer",
+    "unclear_instruction",
+    "control_characters",
+    "literal_escapes",
+)
+DEFAULT = CLASSES[:-1]
+# What RE2 looks for before Python looks closely: more than the rules of `defect` find, of the prompt and the response.
+_SAME = r"|\\[nrtu]|[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]"
+_LOOK_PROMPT = (
+    rf"{LOOK}|no[ _-]?(?:in|out)put|<\s*(?:none|empty)|n/a|instruction ?:|\[(?:insert|paste)|<insert|\{{\{{|^\s*\{{|\n\s*\{{"
+    r"|^[^a-z0-9]*(?:undefined|none|null|nan|todo|tbd|lorem|asdf|instruction|input|n/?a|prompt|question)[^a-z0-9]*$"
+    r"|^[^a-z0-9]*$|median|mean|average|\bsum\b|convert|[\d)] *(?:\*\*|[-+*/^x×÷−–]) *[-(]*[\d.]" + _SAME
+)
+_LOOK_RESPONSE = (
+    r"(?i)no[ _-]?(?:in|out)put|n/a|instruction ?:|^[^!-~]*[\[<][^\n]*[\]>][^!-~]*$|[\[<](?:insert|paste)|\[(?:your|add|enter)"
+    r"|```[^\n`]*\n\s*```|<code>\s*</code>|<pre>\s*</pre>|code (?:goes )?here|= ?[$€£]?-?\d" + _SAME
+)
+Defect = Iterator[tuple[str, str, str]]  # reason, matched text, where if it is not known from the finder
 
 
 @dataclass(frozen=True)
 class Defects(Unmeasured):
-    """Drops rows with a defect that no threshold is needed for (the classes of AlpacaDataCleaned, in English).
+    """Drops rows with a defect that no threshold is needed for (the ten classes of AlpacaDataCleaned, in English).
 
-    Reasons: empty_response; no_output (`<nooutput>`, `<noinput>` or "N/A" in place of an answer); merged_instruction
-    (the generator's next item follows the answer: "18. Instruction: …"); placeholder (the answer holds "[insert …]"
-    that the prompt did not ask for, or is itself "<image attached>"); missing_content (the prompt is about a picture,
-    a file or the page behind a bare URL, which is not there); noinput_marker (the prompt ends in `<noinput>`, "No
-    input" or "N/A": AlpacaDataCleaned removed the marker, here the row goes, 1.4 % of Alpaca, as judges never
-    rewrite). "[Your Name]" under a letter is no defect: a draft may leave it open. Evidence: {matched, where: prompt
-    | response}. Of a preference row the prompt and `chosen` are judged; of a raw document only whether it is empty.
+    classes (each is a reason; default all but the last): empty_response; no_output (`<nooutput>`, `<noinput>` or "N/A" in place of
+    an answer); merged_instruction (the generator's next item follows the answer: "18. Instruction: …"); placeholder (the
+    answer holds "[insert …]" that the prompt did not ask for, or is itself "<image attached>"); noinput_marker (the
+    prompt ends in `<noinput>`, "No input" or "N/A": AlpacaDataCleaned removed the marker, here the row goes, 1.4 % of
+    Alpaca, as judges never rewrite); missing_content (the prompt is about a picture, a file, "the following article",
+    the page behind a bare URL or the web, which is not there); image_request ("Design a logo"); empty_code (an empty
+    code block, or "the following code snippet" with nothing after it); wrong_answer (arithmetic that can be checked: an
+    expression, a median, mean or sum, a change of units, "3 * 4 = 13"); unclear_instruction (a prompt without a word, or
+    a template whose slots were never filled); control_characters (C0 and C1); literal_escapes (a backslash and an n in
+    prose that stand for a line's end: so are two thirds of FLAN's chains of thought, which are better mended than lost).
+
+    "[Your Name]" under a letter is no defect: a draft may leave it open. Evidence: {matched, where: prompt | response}.
+    Of a preference row the prompt and `chosen` are judged; of a raw document only whether it is empty.
     """
+
+    classes: tuple[str, ...] = DEFAULT
 
     scope: ClassVar[Literal["row"]] = "row"
 
+    def __post_init__(self) -> None:
+        known_classes(self, self.classes, CLASSES)
+
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""
-        found = [
-            defect(prompt_of(row), response_of(row), document=row["text"] is not None)
-            for row in rows.select(VIEW_COLUMNS).to_pylist()
-        ]
-        reasons = [None if one is None else one[0] for one in found]
-        proof = [None if one is None else {"matched": one[1], "where": one[2]} for one in found]
-        return verdicts([one is None for one in found], reasons, evidence=proof)
+        from ..texts import VISIBLE, at, matching, texts
+
+        prompts, responses = texts(rows, "prompt"), texts(rows, "response")
+        likely = matching(prompts, _LOOK_PROMPT) | matching(responses, _LOOK_RESPONSE) | ~matching(responses, VISIBLE)
+        look = np.flatnonzero(likely)
+        documents = rows["text"].is_valid().to_numpy()
+        found = {}
+        for row, prompt, response in zip(look.tolist(), at(prompts, look), at(responses, look), strict=True):
+            one = defect(prompt, response, bool(documents[row]), self.classes)
+            if one is not None:
+                found[row] = one[0], {"matched": one[1], "where": one[2]}
+        return flagged(rows.num_rows, found)
 
 
-def defect(prompt: str, response: str, document: bool = False) -> tuple[str, str, str] | None:
+def defect(
+    prompt: str, response: str, document: bool = False, classes: Sequence[str] = DEFAULT
+) -> tuple[str, str, str] | None:
     """The first defect of a row as (reason, matched text, where), or None."""
     answer = response.strip()
     if not answer:
-        return "empty_response", "", "response"
+        return ("empty_response", "", "response") if "empty_response" in classes else None
     if document:
         return None
-    return _of_response(prompt, answer) or _of_prompt(prompt.strip())
+    prompt = prompt.strip()
+    for find, where in ((_of_response, "response"), (_of_prompt, "prompt"), (_of_both, "")):
+        for reason, matched, place in find(prompt, answer):
+            if reason in classes:
+                return reason, matched.strip()[:200], place or where
+    return None
 
 
-def _of_response(prompt: str, answer: str) -> tuple[str, str, str] | None:
+def _of_response(prompt: str, answer: str) -> Defect:
     match = _NO_OUTPUT.match(answer)
-    if match and not _NOT_AVAILABLE.search(_NOINPUT.sub("", prompt.strip())):
-        return "no_output", match[0][:200], "response"
+    if match and not _NOT_AVAILABLE.search(_NOINPUT.sub("", prompt)):
+        yield "no_output", match[0], ""
     match = _MERGED.search(answer)
     if match and "instruction" not in prompt.lower():
-        return "merged_instruction", match[0].strip()[:200], "response"
+        yield "merged_instruction", match[0], ""
     match = _STAND_IN.match(answer)
     if match:
-        return "placeholder", match[0].strip(), "response"
+        yield "placeholder", match[0], ""
     match = next((field for field in _INSERT.finditer(answer) if not _OPEN_FIELD.search(field[0])), None)
     if match and not _TEMPLATE.search(prompt):
-        return "placeholder", match[0], "response"
-    return None
+        yield "placeholder", match[0], ""
 
 
-def _of_prompt(prompt: str) -> tuple[str, str, str] | None:
+def _of_prompt(prompt: str, answer: str) -> Defect:
     match = _MERGED.search(prompt)
     if match and re.search(r"\d", match[0]):  # "### Instruction:" alone is a common prompt format
-        return "merged_instruction", match[0].strip()[:200], "prompt"
+        yield "merged_instruction", match[0], ""
     match = _NOINPUT.search(prompt)
     if match:
-        return "noinput_marker", match[0].strip(), "prompt"
-    match = _ATTACHED.search(prompt) or _INSERTED.search(prompt)
-    if match and len(prompt) - len(match[0]) < _SHORT and "</" not in prompt:
-        return "missing_content", match[0].strip()[:200], "prompt"
-    match = _URL.search(prompt)
-    # the address's own label, "Article link:", tells what it is of, not what is asked
-    if match and _CONTENT.search(prompt[: match.start("url")]) and not _ADDRESS.search(prompt[: match.start()]):
-        return "missing_content", match["url"][:200], "prompt"
-    return None
+        yield "noinput_marker", match[0], ""
+    matched = attached_content(prompt) or url_content(prompt)
+    if matched:
+        yield "missing_content", matched, ""
+    for reason, name in (("missing_content", "browse"), ("image_request", "image_output")):
+        one = request(prompt, (name,))
+        if one:
+            yield reason, one[1], ""
+    matched = absent_code(prompt)
+    if matched:
+        yield "empty_code", matched, ""
+    match = _UNCLEAR.search(prompt)
+    if match:
+        yield "unclear_instruction", match[0], ""
+
+
+def _of_both(prompt: str, answer: str) -> Defect:
+    match = _EMPTY_CODE.search(answer)
+    if match:
+        yield "empty_code", match[0], "response"
+    wrong = wrong_arithmetic(prompt, answer)
+    if wrong:
+        yield "wrong_answer", wrong, "response"
+    for where, text in (("prompt", prompt), ("response", answer)):
+        match = _CONTROLS.search(text)
+        if match:
+            yield "control_characters", f"U+{ord(match[0]):04X}", where
+        match = _ESCAPE.search(text)
+        if match and not _SPEAKS_OF_ESCAPES.search(prompt) and not _SPEAKS_OF_ESCAPES.search(answer):
+            yield "literal_escapes", text[max(0, match.start() - 20) : match.end() + 20], where

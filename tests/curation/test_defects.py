@@ -1,6 +1,7 @@
 """Defects: planted ones are found with their reason, their harmless neighbours are kept, and Alpaca's are counted."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from gristmill.curation.judges.defects import Defects, defect
+from gristmill.curation.folder import HouseError
+from gristmill.curation.judges.defects import CLASSES, Defects, defect
 from gristmill.curation.judges.equal_answers import EqualAnswers
 from gristmill.curation.rows import message, table
+from gristmill.curation.text import view
+
+from .real import real_rows
 
 Make = Callable[..., dict[str, Any]]
 
@@ -43,6 +48,20 @@ DROPPED = [
     ("Name a bird.\n\nNo input required.", "Wren", "noinput_marker", "prompt"),
     ("Name a bird.\n\n`<NoInput>`", "Wren", "noinput_marker", "prompt"),
     ("Name a bird.\n\nN/A", "Wren", "noinput_marker", "prompt"),
+    ("Describe the following painting in three sentences.", "A meadow.", "missing_content", "prompt"),
+    ("Search the web for the tallest tower.", "828 m", "missing_content", "prompt"),
+    ("Design a logo for a bakery.", "A round one with a loaf.", "image_request", "prompt"),
+    ("Please draw me a cat.", "Here it is.", "image_request", "prompt"),
+    ("Explain the following code snippet.", "It adds.", "empty_code", "prompt"),
+    ("Write a loop in Python.", "Here it is:\n```python\n```", "empty_code", "response"),
+    ("Write a loop in Python.", "<code></code>", "empty_code", "response"),
+    ("Evaluate the following expression: (6+2)*(2-2).", "8", "wrong_answer", "response"),
+    ("How many legs have 3 cats?", "3 * 4 = 13, so there are 13.", "wrong_answer", "response"),
+    ("Convert 25m to km.", "25km", "wrong_answer", "response"),
+    ("Calculate the median of the following data set.\n\n1, 2, 4, 5, 8, 9", "5", "wrong_answer", "response"),
+    ("...", "How can I help?", "unclear_instruction", "prompt"),
+    ("{{ instruction }}", "Sure.", "unclear_instruction", "prompt"),
+    ("Name a bird.", "Wr\x03en", "control_characters", "response"),
 ]  # fmt: skip
 KEPT = [
     ("What does a form need?", '<input type="text" name="name">'),
@@ -65,6 +84,15 @@ KEPT = [
     ("Write a caption.\n\n[A photo of a person who walks through the woods at dawn]", "Morning walk."),
     ("Compose a song.", "[Verse 1]\nHappy birthday to you"),
     ("What is 1 + 1?", "2"),
+    ("What is 12/8?", "1.5"),
+    ("Divide 10 by 3.", "10 / 3 = 3.33, so 3 remain 1."),
+    ("Solve for x.\n\n2x + 3 = 7", "2x + 3 = 7, so 2x = 4."),
+    ("Calculate the average of 4, 8, 20 and 11.", "It is about 10.8."),
+    ("Convert 28 cm to inches.", "11 inches"),
+    ("Which of the following sentences is right?\n\nA or B", "A"),
+    ("Design a logo with SVG code.", "<svg></svg>"),
+    ("Draw a conclusion from the text.", "It rains."),
+    ("Create a function that reverses the given string.", "s[::-1]"),
 ]
 
 
@@ -72,7 +100,8 @@ KEPT = [
 def test_finds_defects(prompt: str, response: str, reason: str, where: str) -> None:
     found = defect(prompt, response)
     assert found is not None and (found[0], found[2]) == (reason, where)
-    assert found[1] in (prompt if where == "prompt" else response)
+    if reason not in ("wrong_answer", "control_characters"):  # these say what would be right, and the code point
+        assert found[1] in (prompt if where == "prompt" else response)
 
 
 @pytest.mark.parametrize(("prompt", "response"), KEPT, ids=[entry[0][:25] for entry in KEPT])
@@ -116,19 +145,74 @@ def test_equal_answers(make_row: Make) -> None:
     assert found[1]["reason"] == "equal_answers"
 
 
+NO_INPUT = re.compile(r"\W*no[ _-]?input", re.I)
+NO_OUTPUT = re.compile(r"\W*no[ _-]?output", re.I)
+NEXT_ITEM = re.compile(r"\n\W*\d+\. ?Instruction")
+
+
 def test_on_alpaca(data: Path) -> None:
     """Counted when the rows had been read by eye; 32 merged and 13 empty ones are what the set is known for."""
     rows = pq.read_table(data / "alpaca_raw_partial.parquet", columns=["instruction", "input", "output"]).to_pylist()
     prompts = [row["instruction"] + ("\n\n" + row["input"] if row["input"] else "") for row in rows]
     found = [defect(prompt, row["output"]) for prompt, row in zip(prompts, rows, strict=True)]
     assert Counter((one[0], one[2]) for one in found if one) == {
-        ("noinput_marker", "prompt"): 365,
-        ("missing_content", "prompt"): 121,
+        ("noinput_marker", "prompt"): 366,
+        ("missing_content", "prompt"): 151,
+        ("image_request", "prompt"): 83,
         ("no_output", "response"): 53,
+        ("wrong_answer", "response"): 38,
         ("merged_instruction", "response"): 32,
         ("empty_response", "response"): 13,
         ("placeholder", "response"): 12,
+        ("empty_code", "prompt"): 1,
+        ("control_characters", "response"): 1,
     }
+    reasons = [one and one[0] for one in found]
+    no_input = [reason for row, reason in zip(rows, reasons, strict=True) if NO_INPUT.match(row["input"])]
+    assert len(no_input) == 356 and None not in no_input
+    no_output = [reason for row, reason in zip(rows, reasons, strict=True) if NO_OUTPUT.match(row["output"])]
+    assert len(no_output) == 28 and None not in no_output
+    merged = [reason for row, reason in zip(rows, reasons, strict=True) if NEXT_ITEM.search(row["output"])]
+    assert len(merged) == 32 and set(merged) == {"merged_instruction"}
+    assert [reason for row, reason in zip(rows, reasons, strict=True) if not row["output"].strip()] == [
+        "empty_response"
+    ] * 13
+
+
+SETS = ("alpaca_raw_partial", "codealpaca_2k", "dolly_sample2000", "hh_rlhf_harmless_test", "gsm8k_train", "docs_til")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_quick_look_misses_nothing(data: Path, name: str) -> None:
+    """The judge, which looks closely at few rows, says what the plain definition says of all rows."""
+    rows = real_rows(data, name)
+    documents = rows["text"].is_valid().to_pylist()
+    said = zip(view(rows, "prompt"), view(rows, "response"), documents, strict=True)
+    plain = [defect(*row, CLASSES) for row in said]
+    found = Defects(CLASSES).judge(rows, rows)
+    assert found["reason"].to_pylist() == [one and one[0] for one in plain]
+    where = [item and json.loads(item) for item in found["evidence"].to_pylist()]
+    assert where == [one and {"matched": one[1], "where": one[2]} for one in plain]
+
+
+def test_what_is_found_of_good_sets(data: Path) -> None:
+    """Verified or human-written answers: of 9,473 rows one prompt asks for a current price."""
+    assert not any(
+        reason for reason in Defects().judge(*[real_rows(data, "dolly_sample2000")] * 2)["reason"].to_pylist()
+    )
+    found = Defects().judge(*[real_rows(data, "gsm8k_train")] * 2)["reason"].to_pylist()
+    assert [reason for reason in found if reason] == ["missing_content"]
+
+
+def test_classes_are_a_choice(make_row: Make) -> None:
+    rows = table([make_row("a", 0, "Design a logo.", ""), make_row("a", 1, "Design a logo.", "Blue\\n\\nRed")])
+    assert Defects().judge(rows, rows)["reason"].to_pylist() == ["empty_response", "image_request"]
+    assert Defects(("image_request",)).judge(rows, rows)["reason"].to_pylist() == [None, "image_request"]
+    assert Defects(("literal_escapes",)).judge(rows, rows)["reason"].to_pylist() == [None, "literal_escapes"]
+    with pytest.raises(HouseError, match="name unknown ones .'spam'"):
+        Defects(("spam",))
+    with pytest.raises(HouseError, match="none"):
+        Defects(())
 
 
 def test_on_preference_pairs(data: Path, make_row: Make) -> None:
