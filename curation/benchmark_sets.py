@@ -15,7 +15,7 @@ from .reading.source import Source, iter_rows
 from .text import prompt_of, response_of
 
 PROMPT, ANSWER = 0, 1  # kinds of fields
-LEAST_WORDS = 4  # shorter fields ("yes") are not looked for
+BRIEF = 4  # words; a shorter prompt ("Tell me more") is found only where it is a whole turn
 LONG_FIELD = 13  # words from which on an answer, or a part of a prompt, is looked for by itself
 IDS = ("id", "task_id", "question_id", "unique_id", "key", "idx")  # columns that name an item, the first that is there
 
@@ -191,7 +191,7 @@ def fields_of(row: Mapping[str, Any]) -> tuple[Field, ...]:
 def parts(prompt: list[str], options: list[str], answer: list[str]) -> tuple[Field, ...]:
     """The fields of an item: its prompt whole; long enough pieces of it, such as the turns of a conversation or the
     question without its options; its answer."""
-    found = [Field(PROMPT, "\n".join([*prompt, *options]), LEAST_WORDS)]
+    found = [Field(PROMPT, "\n".join([*prompt, *options]), 1)]
     if options:
         found.append(Field(PROMPT, "\n".join(prompt), LONG_FIELD))
     if len(prompt) > 1:

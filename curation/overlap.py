@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from .benchmark_sets import EvaluationSet, Item, items
+from .benchmark_sets import BRIEF, EvaluationSet, Item, items
 from .shingles import Hashes, _code_point, _turn_words, compiled, folding, in_threads
 from .spans import Ints, Spans, string_spans
 
@@ -70,7 +70,7 @@ class Scratch(NamedTuple):
 @dataclass(frozen=True)
 class Index:
     """Evaluation items to look for in sequences of n words. sizes: items of each set; unsought: items of each set of
-    which no field is long enough."""
+    which no field is long enough or has any word."""
 
     items: list[Item]
     sizes: dict[str, int]
@@ -277,40 +277,55 @@ def _scan(  # type: ignore[no-untyped-def]
     text, starts, ends, ranges, table, several, index, scratch, words, sums, source, top_share, top_run,
     best_item, best_share, best_words, best_start,
 ):  # fmt: skip
-    """For each row the sums that hash its k-grams grow by one word at a time; where fields of k words at most are
-    looked for, the filter is asked, then the table, then the words themselves."""
+    """For each row the sums that hash its k-grams grow by one word at a time; where fields of k words (n: of n or more)
+    are looked for, the filter is asked, then the table, then the words themselves. Brief fields must be whole turns."""
     n, mask, by = index.factors.size, np.uint64(index.slots.size - 1), np.uint64(index.shift[0])
     for row in range(ranges.shape[0]):
-        top = np.uint64(0)
-        for part in range(3):
-            for turn in range(ranges[row, 2 * part], ranges[row, 2 * part + 1]):
-                top = _turn_words(text, np.uint64(starts[turn]), np.uint64(ends[turn]), table, several, words, top)
-        size = np.int64(top)
-        base, met = scratch.clock[0] + 1, 0
-        scratch.clock[0] += size + 1
+        base, met, top = scratch.clock[0] + 1, 0, np.uint64(0)
         scratch.clock[1] += 1
         stamp = scratch.clock[1]
+        for part in range(3):
+            for turn in range(ranges[row, 2 * part], ranges[row, 2 * part + 1]):
+                first = np.int64(top)
+                top = _turn_words(text, np.uint64(starts[turn]), np.uint64(ends[turn]), table, several, words, top)
+                count = np.int64(top) - first
+                if count < BRIEF and index.used[count]:
+                    key = np.uint64(count) * _SALT
+                    for k in range(count):
+                        key += words[first + k] * index.factors[k]
+                    gram = _gram(index, key, mask, by)
+                    if gram >= 0:
+                        met = _meet(index, scratch, words, first, count, gram, base, stamp, met)
+        size = np.int64(top)
+        scratch.clock[0] += size + 1
         sums[:size] = _0
         for k in range(min(n, size)):
             factor, shifted = index.factors[k], words[k:size]
             some = sums[: size - k]
             for at in range(size - k):
                 some[at] += shifted[at] * factor
-            if not index.used[k + 1]:
+            if k + 1 < BRIEF or not index.used[k + 1]:
                 continue
             salt = np.uint64(k + 1) * _SALT
             for at in range(size - k):
-                key = some[at] + salt
-                probe = key >> by
-                if (index.present[probe >> np.uint64(6)] >> (probe & _63)) & _1:
-                    slot = key & mask
-                    while index.slots[slot] >= 0 and index.hashes[index.slots[slot]] != key:
-                        slot = (slot + _1) & mask
-                    if index.slots[slot] >= 0:
-                        met = _meet(index, scratch, words, at, k + 1, index.slots[slot], base, stamp, met)
+                gram = _gram(index, some[at] + salt, mask, by)
+                if gram >= 0:
+                    met = _meet(index, scratch, words, at, k + 1, gram, base, stamp, met)
         if met:
             _rank(index, scratch, met, stamp, source[row], top_share, top_run,
                   best_item[row], best_share[row], best_words[row], best_start[row])  # fmt: skip
+
+
+@compiled
+def _gram(index, key, mask, by):  # type: ignore[no-untyped-def]
+    """The number of the n-gram of this hash, or -1."""
+    probe = key >> by
+    if not (index.present[probe >> np.uint64(6)] >> (probe & _63)) & _1:
+        return -1
+    slot = key & mask
+    while index.slots[slot] >= 0 and index.hashes[index.slots[slot]] != key:
+        slot = (slot + _1) & mask
+    return index.slots[slot]
 
 
 @compiled

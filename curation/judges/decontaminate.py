@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..benchmark_sets import LEAST_WORDS, EvaluationSet, resolved, sets_digest
+from ..benchmark_sets import BRIEF, EvaluationSet, resolved, sets_digest
 from ..folder import HouseError, read_json, write_json, write_parquet
 from ..spans import Ints
 from ..steps import VERDICT, Corpus, Unmeasured
@@ -49,8 +49,8 @@ class Decontaminate(Unmeasured):
     a set, the whole source is dropped.
 
     An answer counts from 13 words on, and so does a question without its options, or one of several turns. A field
-    shorter than n words matches as a whole; below 4 words it is not looked for. Score: the highest coverage of an item;
-    null where no n-gram is shared and where only the other rules drop the row. Reasons: contaminated,
+    shorter than n words matches as a whole; below 4 words only where it is a whole turn. Score: the highest coverage of
+    an item; null where no n-gram is shared and where only the other rules drop the row. Reasons: contaminated,
     contaminated_ngram13 (the number is `overlap`), contaminated_source. Evidence: set, item (its number there from 0),
     id (its own, where it has one), rule, threshold, coverage, words (of the longest common run) and matched (that run
     in the row); of a whole source: set, items, of_items, share, threshold. Memory: some 60 bytes a word of the
@@ -68,8 +68,8 @@ class Decontaminate(Unmeasured):
     scope: ClassVar[Literal["corpus"]] = "corpus"
 
     def __post_init__(self) -> None:
-        if self.n < LEAST_WORDS:
-            raise HouseError(f"Decontaminate: n is {self.n}, it is at least {LEAST_WORDS}")
+        if self.n < BRIEF:
+            raise HouseError(f"Decontaminate: n is {self.n}, it is at least {BRIEF}")
         if self.overlap and self.overlap < self.n:
             raise HouseError(f"Decontaminate: overlap is {self.overlap}, it is 0 (off) or at least n = {self.n}")
         for name in ("coverage", "source_share"):
@@ -190,7 +190,7 @@ class Decontaminate(Unmeasured):
 def _warn_unsought(index: "Index") -> None:
     for name, count in index.unsought.items():
         if count:
-            said = f"{count} of {index.sizes[name]} items have fewer than {LEAST_WORDS} words and are not looked for"
+            said = f"{count} of {index.sizes[name]} items say nothing that could be looked for"
             warnings.warn(f"evaluation set {name}: {said}", stacklevel=3)
 
 
