@@ -8,6 +8,8 @@ assistant turn instead of one per conversation.
 """
 
 import json
+import sys
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..curation.folder import HouseError
 from ..curation.shards import plain_messages
+from .templates import Plain, Shape, plain
 
 Message = Mapping[str, Any]
 Train = Literal["assistant", "last"]
@@ -55,24 +58,46 @@ class Template:
         self._tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._closing = tuple(special | {tokenizer.eos_token} - {None})
+        self._plain: dict[tuple[Shape, bool], Plain | None] = {}
 
     def render(self, messages: Sequence[Message], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
         """The conversation as text; with `prompt`, up to where the assistant's next turn begins.
 
         HouseError where the template refuses the conversation, with the template's own words."""
+        text = None if tools else self._fast(messages, prompt)
         try:
-            texts: Any = render_jinja_template(
-                conversations=[[{"content": "", **turn} for turn in messages]],
-                tools=tools,
-                chat_template=self._tokenizer.get_chat_template(None, tools),
-                add_generation_prompt=prompt,
-                **self._tokens,
-            )
-            text = str(texts[0][0])
+            if text is None:
+                text = self._render(messages, tools, prompt)
             text.encode()  # a lone surrogate would fail the whole batch in the tokenizer
         except Exception as error:  # a template is foreign code
             raise HouseError(f"the chat template refuses this conversation: {error}") from error
         return text
+
+    def _render(self, messages: Sequence[Message], tools: list[Any] | None, prompt: bool) -> str:
+        texts: Any = render_jinja_template(
+            conversations=[[{"content": "", **turn} for turn in messages]],
+            tools=tools,
+            chat_template=self._tokenizer.get_chat_template(None, tools),
+            add_generation_prompt=prompt,
+            **self._tokens,
+        )
+        return str(texts[0][0])
+
+    def _fast(self, messages: Sequence[Message], prompt: bool) -> str | None:
+        """The conversation by a plain template's pieces; None where it takes Jinja."""
+        contents = []
+        for turn in messages:
+            content = turn.get("content", "")
+            if len(turn) > 2 or type(content) is not str or (len(turn) == 2 and "content" not in turn):
+                return None
+            contents.append(content)
+        shape = tuple((turn["role"], content != "") for turn, content in zip(messages, contents, strict=True))
+        if (shape, prompt) not in self._plain:
+            template = self._tokenizer.get_chat_template(None, None)
+            variables = {"tools": None, "documents": None, "add_generation_prompt": prompt, **self._tokens}
+            self._plain[shape, prompt] = plain(template, shape, variables)
+        found = self._plain[shape, prompt]
+        return None if found is None else found.render(contents)
 
     def turn(self, messages: Sequence[Message], index: int, tools: list[Any] | None) -> tuple[str, int, int]:
         """The text up to and with assistant turn `index`, and where that turn starts and ends in it (characters, the
@@ -318,30 +343,45 @@ def _weighted(
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[_Draft]) -> list[Tokens]:
-    """Ids and weights of many rendered texts, tokenised in one call.
+    """Ids and weights of many rendered texts, tokenised in one call, by as many threads as the tokenizer takes.
 
     A token's characters run from where the token before it ended (offsets leave out leading spaces, and the later
     bytes of one character repeat it); its weight is the largest among them."""
     if not drafts:
         return []
-    encoded = tokenizer(
-        [draft.text for draft in drafts],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    counts = np.asarray([len(ids) for ids in encoded["input_ids"]], np.int64)
-    bases = np.cumsum([0] + [len(draft.text) for draft in drafts])
-    total = int(counts.sum())
-    ids = np.fromiter(chain.from_iterable(encoded["input_ids"]), np.int32, total)
-    flat = chain.from_iterable(chain.from_iterable(encoded["offset_mapping"]))
-    offsets = np.fromiter(flat, np.int64, 2 * total).reshape(total, 2)
-    offsets += np.repeat(bases[:-1], counts)[:, None]
-    weights = _token_weights(drafts, bases, offsets, counts)
-    cuts = np.cumsum(counts)[:-1]
-    return [Tokens(*pair) for pair in zip(np.split(ids, cuts), np.split(weights, cuts), strict=True)]
+    inner: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    inner.no_truncation()
+    inner.no_padding()
+    found = []
+    for draft, encoded in zip(
+        drafts, inner.encode_batch([d.text for d in drafts], add_special_tokens=False), strict=True
+    ):
+        ids = np.asarray(encoded.ids, np.int32)
+        weights = np.zeros(len(ids), np.float32)
+        if len(draft.spans) == 1 and draft.spans[0][0] < draft.spans[0][1]:
+            start, end, weight = draft.spans[0]
+            weights[_covered(encoded, len(ids), start, end)] = weight
+        elif draft.spans and len(ids):
+            weights = _token_weights(draft, np.asarray(encoded.offsets, np.int64))
+        weights[:1] = 0.0
+        found.append(Tokens(ids, weights))
+    return found
+
+
+def _covered(encoded: Any, count: int, start: int, end: int) -> slice:
+    """The tokens that hold any of the characters start … end - 1, as `_token_weights` has it: by bisection, since the
+    offsets of all tokens as Python numbers cost three times what their ids do."""
+
+    def begins(token: int) -> int:
+        if token == 0:
+            return 0
+        if token == count:
+            return sys.maxsize
+        return min(encoded.token_to_chars(token)[0], encoded.token_to_chars(token - 1)[1])
+
+    tokens = range(count)
+    first = bisect_left(tokens, True, key=lambda token: begins(token) >= start or begins(token + 1) > start)
+    return slice(first, bisect_left(tokens, True, lo=first, key=lambda token: begins(token) >= end))
 
 
 def _tokenise_some(
@@ -351,21 +391,12 @@ def _tokenise_some(
     return [next(tokens) if isinstance(draft, _Draft) else draft for draft in drafts]
 
 
-def _token_weights(
-    drafts: Sequence[_Draft], bases: NDArray[np.int64], offsets: NDArray[np.int64], counts: NDArray[np.int64]
-) -> NDArray[np.float32]:
-    if not len(offsets):
-        return np.zeros(0, np.float32)
-    characters = np.zeros(int(bases[-1]) + 1, np.float32)
-    for draft, base in zip(drafts, bases.tolist(), strict=False):
-        for start, end, weight in draft.spans:
-            characters[base + start : base + end] = weight
+def _token_weights(draft: _Draft, offsets: NDArray[np.int64]) -> NDArray[np.float32]:
+    characters = np.zeros(len(draft.text) + 1, np.float32)
+    for start, end, weight in draft.spans:
+        characters[start:end] = weight
     before = np.concatenate([[0], np.maximum.accumulate(offsets[:, 1])[:-1]])
-    starts = np.maximum(np.minimum(offsets[:, 0], before), np.repeat(bases[:-1], counts))
-    weights = np.maximum.reduceat(characters, starts)
-    firsts = (np.cumsum(counts) - counts)[counts > 0]
-    weights[firsts] = 0.0
-    return weights
+    return np.maximum.reduceat(characters, np.minimum(offsets[:, 0], before))
 
 
 def _batches(rows: pa.Table, columns: tuple[str, ...]) -> Iterable[list[dict[str, Any]]]:

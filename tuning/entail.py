@@ -67,7 +67,7 @@ def label_order(id2label: Mapping[int, str], where: Path) -> list[int]:
     found = {label: [place for place, name in names.items() if name == label] for label in LABELS}
     if len(names) != 3 or any(len(places) != 1 for places in found.values()):
         raise HouseError(
-            f"{where} names its labels {list(id2label.values())}; an NLI model has contradiction, entailment and neutral:"
-            " use one, or put these names into id2label of its config.json in the order of its outputs"
+            f"{where} names its labels {list(id2label.values())}; an NLI model has contradiction, entailment and "
+            "neutral: use one, or put these names into id2label of its config.json in the order of its outputs"
         )
     return [found[label][0] for label in LABELS]

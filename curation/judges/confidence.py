@@ -16,10 +16,10 @@ from ..survivors import json_column
 class ConfidenceFilter:
     """Drops rows whose response has a confidence below `threshold`: the Auto-Filter of CLEAR (arXiv 2403.12776).
 
-    of: the measure Confidence that gives the confidence, from 0 to 1. threshold: a number, or "median" of the rows that
-    have a confidence. A row at the threshold or above it is never touched, a higher threshold drops all that a lower one
-    does, and 0 drops no row that has a confidence. Reasons: low_confidence; not_scorable where there is none. Evidence of
-    a dropped row: {threshold, consistency, reflection}.
+    of: the measure Confidence that gives the confidence, from 0 to 1. threshold: a number, or "median" of the rows
+    that have a confidence. A row at the threshold or above it is never touched, a higher threshold drops all that a
+    lower one does, and 0 drops no row that has a confidence. Reasons: low_confidence; not_scorable where there is none.
+    Evidence of a dropped row: {threshold, consistency, reflection}.
     """
 
     of: Measure

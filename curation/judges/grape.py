@@ -24,9 +24,9 @@ class Grape:
     model that is to be tuned (GRAPE, arXiv 2502.04194).
 
     by: "prompt" groups rows whose prompts are equal after NFKC, case folding and white space; any other word is the key
-    of the rows' `meta` whose value names the instruction. A row without prompt or key is a group of its own. Only response
-    tokens count, the end of the turn included, never the prompt's; ties go to the smallest row_id. Exactly one scored
-    row of each group stays, so an instruction with one answer keeps it.
+    of the rows' `meta` whose value names the instruction. A row without prompt or key is a group of its own. Only
+    response tokens count, the end of the turn included, never the prompt's; ties go to the smallest row_id. Exactly one
+    scored row of each group stays, so an instruction with one answer keeps it.
 
     Reasons: not_best_fit, and not_scorable where there is no finite log-probability. Evidence of every row whose group
     has several scored answers: {best (row_id), group (digest of what was grouped by), rank from 1, answers, logprob

@@ -18,9 +18,9 @@ class Ifd:
     included (Cherry LLM, arXiv 2308.12032); ifd_ppl is the ratio of the two perplexities, exp(loss_conditioned -
     loss_alone), by which Superfiltering ranks (arXiv 2402.00530). Conditioned: after the prompt, in the model's chat
     template. Alone: after the template's opening of an assistant turn and nothing else. Both are above 1 for the same
-    rows: there the prompt misleads, and both papers drop the row; of the others they keep the highest. A model of GPT-2's
-    size ranks much as a large one does. tokens: response tokens. Null where nothing could be scored, ifd also where the
-    model is certain of the response alone (loss_alone 0).
+    rows: there the prompt misleads, and both papers drop the row; of the others they keep the highest. A model of
+    GPT-2's size ranks much as a large one does. tokens: response tokens. Null where nothing could be scored, ifd also
+    where the model is certain of the response alone (loss_alone 0).
     """
 
     model: str

@@ -52,7 +52,7 @@ Here is an instruction for an assistant:
 {question}
 
 Rate how difficult it is to answer well: how much knowledge, reasoning and how many steps or constraints it takes. Use \
-a score from {low} to {high}, where a higher score is a more difficult instruction. Do not answer the instruction itself.
+a score from {low} to {high}, where a higher score is a more difficult instruction. Do not answer the instruction.
 Answer with one line "score: NUMBER" first, then explain it in a sentence.""",
         1,
         10,
@@ -100,12 +100,12 @@ class JudgeScores:
     """A score that the chat model `model` gives to each row by a `rubric`.
 
     quality: accuracy of the response, 0 to 5 (AlpaGasus, arXiv 2307.08701, which keeps 4.5 and above). difficulty: of
-    the instruction, 1 to 10. deita_complexity of the instruction and deita_quality of the response, 1 to 6 (DEITA, arXiv
-    2312.15685): where the model's door tells the probabilities of the six numbers as the answer's beginning, their
-    expectation; else the number it says. low, high: another scale than the rubric's own.
+    the instruction, 1 to 10. deita_complexity of the instruction and deita_quality of the response, 1 to 6 (DEITA,
+    arXiv 2312.15685): where the model's door tells the probabilities of the six numbers as the answer's beginning,
+    their expectation; else the number it says. low, high: another scale than the rubric's own.
 
-    judge_score: null where the row has no prompt or response, and where no number on the scale could be read, neither in
-    the first answer (temperature 0) nor in a second one with another seed; a warning counts these. max_tokens: of an
+    judge_score: null where the row has no prompt or response, and where no number on the scale could be read, neither
+    in the first answer (temperature 0) nor in a second one with another seed; a warning counts these. max_tokens: of an
     answer. seed: a request's seed is a hash of it and the row's content.
     """
 
@@ -170,10 +170,10 @@ class PairPreference:
     """Which answer of a preference row the chat model `model` finds better, asked twice with the answers swapped, so
     that a taste for the first or the second place shows (Zheng et al., arXiv 2306.05685).
 
-    preference: 1 where both verdicts are for `chosen`, 0 where both are for `rejected`, 0.5 for a tie, which two verdicts
-    that contradict each other are too; consistent: whether the two agree. Null for other rows than preference rows, and
-    where a verdict could not be read twice; a warning counts these. max_tokens: of an answer. seed: a request's seed is a
-    hash of it and the row's content.
+    preference: 1 where both verdicts are for `chosen`, 0 where both are for `rejected`, 0.5 for a tie, which two
+    verdicts that contradict each other are too; consistent: whether the two agree. Null for other rows than preference
+    rows, and where a verdict could not be read twice; a warning counts these. max_tokens: of an answer. seed: a
+    request's seed is a hash of it and the row's content.
     """
 
     model: str

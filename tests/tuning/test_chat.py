@@ -3,13 +3,14 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gristmill.curation.folder import HouseError
 from gristmill.curation.rows import message, table
+from gristmill.tuning import chat
 from gristmill.tuning.chat import (
     Tokens,
     conversation_ids,
@@ -153,6 +154,22 @@ def test_any_conversation_trains_what_was_said_and_its_ends(exchanges: list[tupl
     messages = [turn(role, text) for pair in exchanges for role, text in zip(("user", "assistant"), pair, strict=True)]
     (tokens,) = tokenise_messages(MERGED, messages)
     assert trained(MERGED, tokens) == [answer + "<|im_end|>" for _, answer in exchanges]
+
+
+KINDS = (MERGED, tokenizer(CHATML), sentencepiece())
+
+
+@settings(max_examples=50)
+@given(st.text(st.sampled_from("abc öß\n.🎉"), max_size=20), st.data())
+def test_one_span_weighs_the_tokens_that_many_do(text: str, data: st.DataObject) -> None:
+    """The same characters as one span, found by bisection, and as one span a character, found by the offsets of all."""
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, len(text)))
+    for kind in KINDS:
+        pieces = tuple((at, at + 1, 1.0) for at in range(start, end)) + ((start, start, 1.0),) * 2
+        one, many = chat._tokenise(kind, [chat._Draft(text, ((start, end, 1.0),)), chat._Draft(text, pieces)])
+        assert one.ids.tolist() == many.ids.tolist() == kind(text, add_special_tokens=False)["input_ids"]
+        assert one.weights.tolist() == many.weights.tolist()
 
 
 def test_last_turn_alone_and_a_pad_that_is_the_eos() -> None:
