@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from gristmill.curation.rows import ROW, content_id, message, table
 from gristmill.curation.steps import VERDICT, find_steps
 
 STEPS = find_steps()
+SCRATCH = TemporaryDirectory()
+TARGETS = Path(SCRATCH.name) / "targets.jsonl"
+TARGETS.write_text('{"prompt": "What is a word?", "completion": "A sound that means something."}\n')
 # what a recipe must say of each step that has fields without defaults
 NEEDED: dict[str, dict[str, Any]] = {
     "Cap": {"most": 2},
@@ -24,6 +28,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "Confidence": {"model": "m", "nli": "n"},
     "ConfidenceFilter": {"of": STEPS["Confidence"](model="m", nli="n")},
     "Embedding": {"model": "m"},
+    "DensityBasedPruning": {"budget": 2},
+    "GotD": {"budget": 2, "targets": (str(TARGETS),)},
+    "SimCore": {"budget": 2, "targets": (str(TARGETS),)},
     "Grape": {"model": "m"},
     "Ifd": {"model": "m"},
     "JudgeScores": {"model": "m"},
@@ -159,7 +166,16 @@ def cases(make_row: Make) -> dict[str, pa.Table]:
         "one": table([make_row("a", 0, "q", "r")]),
         "nulls": table([nulls()]),
         "mixed": table(
-            [*mixed, long, pair, nulls(), document, make_row("a", 9, "", ""), make_row("a", 10, "日本語", "答え"), broken]
+            [
+                *mixed,
+                long,
+                pair,
+                nulls(),
+                document,
+                make_row("a", 9, "", ""),
+                make_row("a", 10, "日本語", "答え"),
+                broken,
+            ]
         ),
     }
 

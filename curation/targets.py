@@ -1,0 +1,51 @@
+"""The target set of a selection: rows that show what the tuned model is for, beside the pool in one space."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .embeddings import tfidf_svd, vectors
+from .folder import HouseError
+from .reading.formats import Unreadable
+from .reading.source import Source, iter_rows
+from .rows import table
+from .steps import Corpus
+from .text import VIEW_COLUMNS, View, view
+
+
+def target_texts(paths: Sequence[str], which: View, limit: int | None = None) -> list[str]:
+    """The view `which` of every row of the files or folders `paths`, in order. A HouseError where one cannot be read,
+    holds a record that cannot, or says nothing in that view."""
+    texts: list[str] = []
+    for number, path in enumerate(paths):
+        rows = []
+        for row in iter_rows(Source(f"target{number}", path, "unknown", limit=limit)):
+            if isinstance(row, Unreadable):
+                raise HouseError(f"target set {path}: {row.error} ({row.file}:{row.line})")
+            rows.append(row)
+        said = [text for text in view(table(rows), which) if text.strip()]
+        if not said:
+            raise HouseError(f"target set {path}: no row has a {which}")
+        texts += said
+    if not texts:
+        raise HouseError("a selection by targets needs at least one file of them: targets: [PATH]")
+    return texts
+
+
+def pool_and_targets(
+    corpus: Corpus, texts: Sequence[str], model: str | None, which: View, dims: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors of the live rows, in the order of `corpus.tables()`, and of `texts`: by the embedding model `model`
+    (in the judge's `needs`), or TF-IDF/SVD fitted on both together."""
+    if model is not None:
+        return vectors(corpus, model, which), corpus.tools.embedder(model).embed(texts)
+    names: list[str] = []
+    said: list[str] = []
+    for rows in corpus.tables(["row_id", *VIEW_COLUMNS]):
+        names += rows["row_id"].to_pylist()
+        said += view(rows, which)
+    order = sorted(range(len(names)), key=names.__getitem__)
+    both = tfidf_svd([*(said[i] for i in order), *texts], dims, seed)
+    found = np.empty((len(names), dims), np.float32)
+    found[np.array(order, np.int64)] = both[: len(names)]
+    return found, both[len(names) :]
