@@ -1,4 +1,4 @@
-"""Bytes of one file to records (mappings of column to value), or, where that fails, to what stood there and why.
+"""Bytes of a file to records (mappings of column to value), or, where that fails, to what stood there and why.
 
 One bad record never costs its neighbours. Lines end at \\n alone: U+2028 and U+0085 are text.
 """
@@ -9,15 +9,11 @@ import io
 import json
 import re
 import sys
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from ..folder import HouseError
-from .files import DataFile, opened
 
 
 class Record(NamedTuple):
@@ -42,20 +38,6 @@ Records = Iterator[Record | Unreadable]
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _BATCH = 1024  # records of a columnar file that are Python objects at a time
 _CHUNK = 1 << 20  # characters
-
-
-def records(file: DataFile) -> Records:
-    """The records of a file. A HouseError where the file as a whole is damaged."""
-    done = 0
-    try:
-        with opened(file) as stream:
-            for record in READERS[file.format](stream, file.name):
-                done += 1
-                yield record
-    except (EOFError, OSError, zlib.error, pa.ArrowException) as error:
-        raise HouseError(
-            f"{file.name} is damaged or not of its format, after {done} readable records: {error}. Get it again."
-        ) from error
 
 
 def shown(raw: str | bytes) -> str:
@@ -87,9 +69,10 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "an object" if isinstance(value, dict) else "a number")
 
 
-def json_lines(stream: IO[bytes], file: str) -> Records:
-    """JSON Lines; blank lines are passed over, CRLF and a byte order mark are met."""
-    for number, line in enumerate(stream, 1):
+def json_lines(lines: Iterable[bytes], file: str, first: int = 1) -> Records:
+    """JSON Lines, of which these begin with line `first`; blank lines are passed over, CRLF and a byte order mark are
+    met."""
+    for number, line in enumerate(lines, first):
         raw = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         raw = raw.strip(b" \t\r\n")
         if not raw:
@@ -105,11 +88,15 @@ def json_lines(stream: IO[bytes], file: str) -> Records:
             yield _object(file, number, text, raw, value)
 
 
-def json_file(stream: IO[bytes], file: str) -> Records:
-    """A .json file: one array of objects, or JSON Lines under that name."""
-    buffered: Any = stream if hasattr(stream, "peek") else io.BufferedReader(stream)
-    head = buffered.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip()
-    return json_array(buffered, file) if head[:1] == b"[" else json_lines(buffered, file)
+def peekable(stream: IO[bytes]) -> Any:
+    """The stream with a method `peek`."""
+    return stream if hasattr(stream, "peek") else io.BufferedReader(stream)  # type: ignore[arg-type]
+
+
+def begins_array(stream: Any) -> bool:
+    """Whether a .json file, opened as peekable, is one array and not JSON Lines under that name."""
+    head = stream.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip()
+    return bool(head[:1] == b"[")
 
 
 class _Window:
@@ -242,22 +229,23 @@ def _remembered(text: io.TextIOWrapper, lines: list[str]) -> Iterator[str]:
         yield line
 
 
-def parquet_file(stream: IO[bytes], file: str) -> Records:
-    return _arrow_records(pq.ParquetFile(stream).iter_batches(_BATCH), file)
+def parquet_batches(stream: IO[bytes], rows: int) -> Iterator[pa.RecordBatch]:
+    return iter(pq.ParquetFile(stream).iter_batches(rows))
 
 
-def arrow_file(stream: IO[bytes], file: str) -> Records:
+def arrow_batches(stream: IO[bytes]) -> Iterator[pa.RecordBatch]:
     """Arrow IPC, as a file or as a stream (what `datasets` saves)."""
     try:
         opened_file = pa.ipc.open_file(stream)
     except pa.ArrowInvalid:
         stream.seek(0)
-        return _arrow_records(iter(pa.ipc.open_stream(stream)), file)
-    return _arrow_records((opened_file.get_batch(i) for i in range(opened_file.num_record_batches)), file)
+        return iter(pa.ipc.open_stream(stream))
+    return (opened_file.get_batch(i) for i in range(opened_file.num_record_batches))
 
 
-def _arrow_records(batches: Iterator[pa.RecordBatch], file: str) -> Records:
-    line = 0
+def arrow_records(batches: Iterator[pa.RecordBatch], file: str, first: int = 1) -> Records:
+    """The rows of record batches, the first of them number `first` of its file."""
+    line = first - 1
     for batch in batches:
         for start in range(0, batch.num_rows, _BATCH):
             part = batch.slice(start, _BATCH)
@@ -284,10 +272,7 @@ def _one(part: pa.RecordBatch) -> dict[str, Any] | tuple[str, str]:
 
 
 READERS: dict[str, Callable[[IO[bytes], str], Records]] = {
-    "json": json_file,
-    "jsonl": json_lines,
+    "json": json_array,
     "csv": csv_file,
     "tsv": tsv_file,
-    "parquet": parquet_file,
-    "arrow": arrow_file,
-}
+}  # formats whose records must be parsed to be parted

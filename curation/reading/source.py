@@ -1,27 +1,35 @@
 """Sources: where rows come from, and reading one into a run's folder with every record accounted for.
 
-Memory: PART_ROWS rows as Arrow, and some 100 bytes a row for the counts that make row ids.
+Memory: PART_ROWS rows as Arrow, some chunks in work, and 12 bytes a row for the counts that make row ids.
 """
 
 import hashlib
 import itertools
 import json
+import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..folder import HouseError, RunFolder, read_json, write_json, write_parquet
-from ..rows import PART_GROUP, PART_ROWS, ROW, Row, content_id, counted_row_id, source_row_id, table
+from ..keys import keys_of
+from ..pool import INLINE, SMALL, Pool, fitting
+from ..rows import PART_GROUP, PART_ROWS, ROW, Row, counted_row_id
+from .chunks import ROWS, Chunk, Found, file_chunks, listed
+from .convert import Read, renamed, rows_of_chunk, used_before
 from .docstrings import PREFIX, docstrings, module_files, modules_digest
 from .files import files_digest, find_files
-from .formats import Record, Unreadable, records, shown
-from .shapes import Shape, recognise
-from .turns import Unfit
+from .formats import Record, Unreadable
+from .seen import Seen
+from .shapes import recognise
 
 __all__ = ["QUARANTINE", "Source", "Unreadable", "iter_rows", "read_source"]
 
@@ -34,13 +42,10 @@ QUARANTINE = pa.schema(
         pa.field("raw", pa.string()),
     ]
 )
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str).encode
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SAMPLE = 100  # records that decide on the shape
 _PATIENCE = 1000  # unreadable records before the first readable one
-_BATCH = 1000  # rows that are Python objects at a time
-
-_Found = tuple[str, str | None, Record | Unreadable]  # file, split, record
+LARGE = 8 << 20  # bytes of files from which on workers parse them
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,9 @@ class Source:
             raise HouseError(f"source {self.name}: limit {self.limit}; it is at least 1")
 
 
-def read_source(source: Source, folder: RunFolder, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+def read_source(
+    source: Source, folder: RunFolder, progress: Callable[[int], None] | None = None, pool: Pool = INLINE
+) -> dict[str, Any]:
     """Reads `source` into rows/NAME-*.parquet and quarantine/NAME.parquet; the record rows/NAME.json is written last.
 
     A record of the same source and digest is answered at once; a HouseError where it is of another one (a run's rows
@@ -78,11 +85,13 @@ def read_source(source: Source, folder: RunFolder, progress: Callable[[int], Non
     """
     wanted = json.loads(json.dumps(asdict(source)))
     marker = folder.rows / f"{source.name}.json"
-    digest, found = _open(source)
+    digest, size, chunks = _open(source)
     if marker.is_file():
         return _same(read_json(marker), wanted, digest, folder)
     _clear(source, folder)
-    shape, rows = _rows(source, found)
+    shape, chunks, work = _recognised(source, chunks)
+    pool = fitting(pool, source, SMALL if size >= LARGE else 0)
+    rows = _Numbered(source, pool.map(work, chunks))
     parts, bad, contents = _write(source, folder, rows, progress)
     count = sum(size for _, size in parts)
     if bad:
@@ -106,7 +115,18 @@ def read_source(source: Source, folder: RunFolder, progress: Callable[[int], Non
 
 def iter_rows(source: Source) -> Iterator[Row | Unreadable]:
     """The rows of a source in order, and what could not be read; writes nothing."""
-    return iter(_rows(source, _open(source)[1])[1])
+    _, chunks, work = _recognised(source, _open(source)[2])
+    for chunk in _Numbered(source, map(work, chunks)):
+        bad = iter(chunk.bad)
+        place, fault = next(bad, (-1, None))
+        for row in chunk.rows.to_pylist():
+            while fault is not None and place < row["position"]:
+                yield fault
+                place, fault = next(bad, (-1, None))
+            yield row
+        if fault is not None:
+            yield fault
+        yield from (fault for _, fault in bad)
 
 
 def _same(record: dict[str, Any], wanted: dict[str, Any], digest: str, folder: RunFolder) -> dict[str, Any]:
@@ -130,40 +150,55 @@ def _clear(source: Source, folder: RunFolder) -> None:
         (folder.quarantine / f"{source.name}.parquet").unlink()
 
 
-def _open(source: Source) -> tuple[str, Iterator[_Found]]:
-    """Digest of the source's files, and their records."""
+def _open(source: Source) -> tuple[str, int, Iterator[Chunk]]:
+    """Digest and bytes of the source's files, and their chunks."""
     if source.path.startswith(PREFIX):
         modules = module_files(source.path)
-        return modules_digest(modules), ((name, None, record) for name, record in docstrings(modules))
+        found: Iterator[Found] = ((name, None, record) for name, record in docstrings(modules))
+        return modules_digest(modules), 0, listed(itertools.islice(found, source.limit))
     files = find_files(source.path)
-    found = ((file.name, file.split, record) for file in files for record in records(file))
-    return files_digest(files), found
+    chunks = (chunk for file in files for chunk in file_chunks(file))
+    if source.limit is not None:
+        parsed = (found for chunk in chunks for found in chunk.records())
+        chunks = listed(itertools.islice(parsed, source.limit), min(ROWS, source.limit))
+    return files_digest(files), sum(file.fs.size(file.path) or 0 for file in files), chunks
 
 
-def _rows(source: Source, found: Iterator[_Found]) -> tuple[str, "_Rows"]:
-    """The shape of a source, and its rows."""
-    found = itertools.islice(found, source.limit)
-    head: list[_Found] = []
+def _recognised(source: Source, chunks: Iterator[Chunk]) -> tuple[str, Iterator[Chunk], Callable[[Chunk], Read]]:
+    """The shape of a source, all its chunks, and what makes rows of one."""
+    head: list[Chunk] = []
     sample: list[dict[str, Any]] = []
-    for item in found:
-        head.append(item)
-        if isinstance(item[2], Record):
-            sample.append(item[2].fields)
-        if len(sample) == _SAMPLE or (not sample and len(head) == _PATIENCE):
+    bad: list[Unreadable] = []
+    for item in _records(chunks, head):
+        if isinstance(item, Record):
+            sample.append(item.fields)
+        else:
+            bad.append(item)
+        if len(sample) == _SAMPLE or (not sample and len(bad) == _PATIENCE):
             break
-    if not sample and head:
-        first = head[0][2]
-        if len(head) == _PATIENCE and isinstance(first, Unreadable):
-            raise HouseError(
-                f"source {source.name}: the first {_PATIENCE} records of {source.path} are unreadable; "
-                f"line {first.line} of {first.file}: {first.error}"
-            )
-        return "none", _Rows(source, None, iter(head))
+    if not sample and len(bad) == _PATIENCE:
+        raise HouseError(
+            f"source {source.name}: the first {_PATIENCE} records of {source.path} are unreadable; "
+            f"line {bad[0].line} of {bad[0].file}: {bad[0].error}"
+        )
+    every = itertools.chain(head, chunks)
+    if not sample and bad:
+        return "none", every, partial(rows_of_chunk, source.name, source.columns, source.id, None)
     if not sample:
         raise HouseError(f"source {source.name}: {source.path} is empty: no row in it")
     _check_columns(source, sample)
-    shape = recognise(source.shape, [_renamed(fields, source.columns) for fields in sample], source.name)
-    return shape.name, _Rows(source, shape, itertools.chain(head, found))
+    named = [renamed(fields, source.columns) for fields in sample]
+    shape = recognise(source.shape, named, source.name).name
+    raw = pickle.dumps((shape, named, source.name))
+    return shape, every, partial(rows_of_chunk, source.name, source.columns, source.id, raw)
+
+
+def _records(chunks: Iterator[Chunk], drawn: list[Chunk]) -> Iterator[Record | Unreadable]:
+    """Records of chunk after chunk, each of which goes to `drawn`."""
+    for chunk in chunks:
+        drawn.append(chunk)
+        for _, _, record in chunk.records():
+            yield record
 
 
 def _check_columns(source: Source, sample: list[dict[str, Any]]) -> None:
@@ -178,88 +213,46 @@ def _check_columns(source: Source, sample: list[dict[str, Any]]) -> None:
             )
 
 
-def _renamed(fields: dict[str, Any], columns: Mapping[str, str] | None) -> dict[str, Any]:
-    """A record under our column names. Another column that already has such a name is kept as NAME_unmapped."""
-    if not columns:
-        return fields
-    taken = set(columns.values())
-    rest = {f"{name}_unmapped" if name in columns else name: v for name, v in fields.items() if name not in taken}
-    return rest | {ours: fields[theirs] for ours, theirs in columns.items() if theirs in fields}
+class _Numbered:
+    """Rows of chunks with their positions and ids, which depend on what came before. `read` counts records."""
 
-
-class _Rows:
-    """Rows and unreadable records of a source, one for each record that was found; `read` counts them."""
-
-    def __init__(self, source: Source, shape: Shape | None, found: Iterator[_Found]) -> None:
-        self.source, self.shape, self.found = source, shape, found
+    def __init__(self, source: Source, chunks: Iterable[Read]) -> None:
+        self.source, self.chunks = source, chunks
         self.read = 0
-        self.base: Row = dict.fromkeys(ROW.names) | {"source": source.name}
-        self.seen: dict[int, int] = {}  # first 60 bits of a content id or own id -> rows that have it
+        self.seen = Seen()
 
-    def __iter__(self) -> Iterator[Row | Unreadable]:
-        for file, split, record in self.found:
-            position = self.read
-            self.read += 1
-            if isinstance(record, Unreadable):
-                yield record
-                continue
-            try:
-                yield self.row(record.fields, split, position)
-            except Unfit as error:
-                raw = json.dumps(record.fields, ensure_ascii=False, default=str) if record.raw is None else record.raw
-                yield Unreadable(file, record.line, str(error), shown(raw))
-
-    def row(self, given: dict[str, Any], split: str | None, position: int) -> Row:
-        """The row of one record; Unfit where it does not have the source's shape."""
-        assert self.shape is not None  # there was a readable record to recognise it by
-        fields = _renamed(given, self.source.columns)
-        content = self.shape.convert(fields)
-        used = self.shape.used
-        more = {name: value for name, value in fields.items() if value is not None and name not in used}
-        more |= content.pop("meta", {})
-        if split is not None:
-            more.setdefault("split", split)
-        row = self.base | content
-        row["position"] = position
-        row["meta"] = _meta(more) if more else None
-        row["content_id"] = content_id(row)
-        row["row_id"] = self.row_id(given, row["content_id"])
-        return row
-
-    def row_id(self, given: dict[str, Any], content: str) -> str:
-        name = self.source.name
-        if self.source.id is None:
-            key = int(content[:15], 16)
-            occurrence = self.seen.get(key, 0)
-            self.seen[key] = occurrence + 1
-            return counted_row_id(name, content, occurrence)
-        own = given.get(self.source.id)
-        if isinstance(own, bool) or not isinstance(own, str | int):
-            raise Unfit(f"no id in column {self.source.id}" if own is None else f"the id {own!r} is no text or integer")
-        row_id = source_row_id(name, str(own))
-        if self.seen.setdefault(int(row_id[:15], 16), 0):
-            raise Unfit(f"the id {own!r} was used before")
-        self.seen[int(row_id[:15], 16)] = 1
-        return row_id
-
-
-def _meta(more: dict[str, Any]) -> str:
-    """JSON that any reader takes: NaN and infinities as null, other values as text."""
-    try:
-        return _encode(more)
-    except ValueError:
-        plain = json.loads(json.dumps(more, default=str), parse_constant=lambda _: None)
-        return json.dumps(plain, ensure_ascii=False)
+    def __iter__(self) -> Iterator[Read]:
+        for chunk in self.chunks:
+            start, self.read = self.read, self.read + chunk.size
+            rows = chunk.rows
+            keys = keys_of(rows["content_id" if self.source.id is None else "row_id"])[:, 0] >> np.uint64(4)
+            again = self.seen.add(keys)
+            repeated = np.flatnonzero(again)
+            bad = chunk.bad
+            if len(repeated) and self.source.id is None:
+                ids = rows["row_id"].to_pylist()
+                contents = rows["content_id"]
+                for index in repeated.tolist():
+                    ids[index] = counted_row_id(self.source.name, contents[index].as_py(), int(again[index]))
+                rows = rows.set_column(0, ROW.field("row_id"), pa.array(ids, pa.string()))
+            elif len(repeated):
+                places = rows["position"].to_numpy()[repeated].tolist()
+                bad = sorted([*bad, *((place, used_before(chunk, place)) for place in places)], key=lambda one: one[0])
+                rows = rows.filter(pa.array(again == 0))
+            position = pc.add(rows["position"], start).cast(pa.int64())
+            rows = rows.set_column(3, ROW.field("position"), position)
+            yield Read(rows, [(start + place, fault) for place, fault in bad], chunk.size, {})
 
 
 def _write(
-    source: Source, folder: RunFolder, rows: _Rows, progress: Callable[[int], None] | None
+    source: Source, folder: RunFolder, chunks: Iterable[Read], progress: Callable[[int], None] | None
 ) -> tuple[list[tuple[str, int]], list[pa.Table], str]:
     """Writes parts of PART_ROWS rows. Gives their names and sizes, the quarantine, and a digest of the content ids."""
     parts: list[tuple[str, int]] = []
     bad: list[pa.Table] = []
     waiting: list[pa.Table] = []
     contents = hashlib.sha256()
+    done = 0
 
     def flush(least: int) -> None:
         whole = pa.concat_tables(waiting) if waiting else ROW.empty_table()
@@ -271,17 +264,16 @@ def _write(
             whole = whole.slice(PART_ROWS)
         waiting[:] = [whole]
 
-    stream = iter(rows)
-    while batch := list(itertools.islice(stream, _BATCH)):
-        good = [row for row in batch if not isinstance(row, Unreadable)]
-        if len(good) < len(batch):
-            faults = [{"source": source.name, **row._asdict()} for row in batch if isinstance(row, Unreadable)]
+    for chunk in chunks:
+        if chunk.bad:
+            faults = [{"source": source.name, **fault._asdict()} for _, fault in chunk.bad]
             bad.append(pa.Table.from_pylist(faults, schema=QUARANTINE))
-        contents.update("".join(row["content_id"] for row in good).encode())
-        waiting.append(table(good))
-        if len(waiting) * _BATCH >= PART_ROWS + _BATCH:
+        contents.update("".join(chunk.rows["content_id"].to_pylist()).encode())
+        waiting.append(chunk.rows)
+        if sum(table.num_rows for table in waiting) >= PART_ROWS:
             flush(PART_ROWS)
+        done += chunk.rows.num_rows
         if progress is not None:
-            progress(rows.read - sum(part.num_rows for part in bad))
+            progress(done)
     flush(1)
     return parts, bad, contents.hexdigest()

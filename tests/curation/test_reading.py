@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gristmill.curation.folder import HouseError, RunFolder, read_json
+from gristmill.curation.reading import chunks
 from gristmill.curation.reading import source as reading
 from gristmill.curation.reading.source import Source, Unreadable, iter_rows, read_source
 from gristmill.curation.rows import ROW
@@ -273,7 +274,7 @@ def test_own_ids_are_unique(tmp_path: Path) -> None:
 
 def test_parts_limit_progress_and_leftovers(tmp_path: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "PART_ROWS", 40)
-    monkeypatch.setattr(reading, "_BATCH", 7)
+    monkeypatch.setattr(chunks, "LINE_BYTES", 300)
     given: list[dict[str, Any]] = [{"text": f"document {n}"} for n in range(100)]
     given[5] = {"text": 5}
     (tmp_path / "a.jsonl").write_bytes(lines(given))
