@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from .folder import HouseError
+from .reading.chunks import file_chunks
 from .reading.files import files_digest, find_files
-from .reading.formats import Unreadable, records
-from .reading.source import Source, iter_rows
+from .reading.source import Source, Unreadable, iter_rows
 from .text import prompt_of, response_of
 
 PROMPT, ANSWER = 0, 1  # kinds of fields
@@ -156,18 +156,13 @@ def _by_shape(one: EvaluationSet) -> Iterator[Item]:
 
 
 def _by_columns(one: EvaluationSet) -> Iterator[Item]:
-    number = 0
-    for file in find_files(one.path):
-        for record in records(file):
-            if isinstance(record, Unreadable):
-                raise _unreadable(one, record)
-            prompt, options, answer = (_pieces(one, names, record.fields) for names in _columns(one))
-            yield Item(one.title, number, _id(record.fields), parts(prompt, options, answer))
-            number += 1
-
-
-def _columns(one: EvaluationSet) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    return one.prompt, one.options, one.answer
+    chunks = (chunk for file in find_files(one.path) for chunk in file_chunks(file))
+    found = (record for chunk in chunks for _, _, record in chunk.records())
+    for number, record in enumerate(found):
+        if isinstance(record, Unreadable):
+            raise _unreadable(one, record)
+        pieces = (_pieces(one, columns, record.fields) for columns in (one.prompt, one.options, one.answer))
+        yield Item(one.title, number, _id(record.fields), parts(*pieces))
 
 
 def _unreadable(one: EvaluationSet, record: Unreadable) -> HouseError:

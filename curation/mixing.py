@@ -116,7 +116,7 @@ def subset(
     """(kept rows, rank in its group, quota of each group) of a draw that spends `budget` on the open groups in
     proportion to what they hold."""
     order = shuffled(keys, seed, open_groups[group])
-    held = np.bincount(group, weights=costs, minlength=len(open_groups)) * open_groups
+    held: Reals = np.bincount(group, weights=costs, minlength=len(open_groups)) * open_groups.astype(np.float64)
     return spend_in_groups(order, group, costs, held, budget)
 
 

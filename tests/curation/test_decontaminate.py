@@ -123,7 +123,7 @@ def test_planted_items_are_found_and_shown(evaluation: Write, make_row: Make) ->
 
 
 def test_every_planted_item_is_found(evaluation: Write, make_row: Make) -> None:
-    """Verbatim, re-punctuated, re-cased and shorter than the n-gram, in prompt or answer: recall 1.0, and no other row."""
+    """Verbatim, re-punctuated, re-cased, shorter than the n-gram, in prompt or answer: recall 1.0, and no other row."""
     draw = random.Random(7)
     items = [[f"a{draw.randint(0, 10**6)}" for _ in range(1 + n % 30)] for n in range(300)]
     path = evaluation(*({"prompt": " ".join(item)} for item in items))
