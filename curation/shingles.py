@@ -93,11 +93,11 @@ def shingle_sets(
             else:
                 text = spans(batch, units)
             rows += batch.num_rows
-            for part in _shingle_blocks(text, ngram, chars, threads):
-                hashes.append(part.hashes)
-                counts.append(part.offsets)
-                words.append(part.words)
-                sequence.append(part.sequence)
+            for made, count, size, whole in _shingle_blocks(text, ngram, chars, threads):
+                hashes.append(made)
+                counts.append(count)
+                words.append(size)
+                sequence.append(whole)
     row = np.concatenate(owners) if units == "turn" else None
     return Shingles(
         hashes.array(), np.cumsum(np.concatenate(counts)), np.concatenate(sequence), np.concatenate(words), row
@@ -115,20 +115,22 @@ def joined(parts: Sequence[Shingles]) -> Shingles:
     )
 
 
-def _shingle_blocks(text: Spans, ngram: int, chars: int | None, threads: int) -> list[Shingles]:
-    """Blocks of units; `offsets` are the counts of shingles here."""
+def _shingle_blocks(
+    text: Spans, ngram: int, chars: int | None, threads: int
+) -> list[tuple[Hashes, Ints, npt.NDArray[np.int32], Hashes]]:
+    """Of each block of units the shingles; of each unit how many they are, its words and its sequence."""
     table, several = folding()
     factors = np.random.default_rng(ngram).integers(0, 2**64, ngram, np.uint64) | np.uint64(1)
     letters = np.random.default_rng([chars or 0, 1]).integers(0, 2**64, chars or 0, np.uint64) | np.uint64(1)
 
-    def block(rows: tuple[int, int]) -> Shingles:
+    def block(rows: tuple[int, int]) -> tuple[Hashes, Ints, npt.NDArray[np.int32], Hashes]:
         low, high = rows
         size = high - low
         hashes, scratch = (np.empty(most + 8, np.uint64) for most in text.capacity(low, high))
         counts, words, sequence = np.empty(size, np.int64), np.empty(size, np.int32), np.empty(size, np.uint64)
         where = (text.text, text.starts, text.ends, text.ranges[low:high])
         filled = _shingle_rows(*where, table, several, factors, letters, scratch, hashes, counts, words, sequence)
-        return Shingles(hashes[:filled], counts, sequence, words)
+        return hashes[:filled], counts, words, sequence
 
     return in_threads(block, text.blocks(), threads)
 

@@ -131,3 +131,34 @@ def test_order_decides_only_who_survives() -> None:
     same = dict(zip((r["row_id"] for r in rows), verdicts(rows), strict=True))
     shuffled = rng.sample(rows, len(rows))
     assert dict(zip((r["row_id"] for r in shuffled), verdicts(shuffled), strict=True)) == same
+
+
+def test_any_turn() -> None:
+    long, other = "A long enough question, is it not?  Well, it is one.", "And this is an answer of many words, see it?"
+
+    def talk(position: int, *turns: str) -> Row:
+        roles = ("user", "assistant")
+        return row(position, None, None, messages=[message(roles[i % 2], text) for i, text in enumerate(turns)])
+
+    rows = [
+        talk(0, long, "Thanks!"),
+        talk(1, "Thanks!", "Thanks!"),
+        talk(2, "x", long.upper().replace("  ", " ")),
+        talk(3, "x", "y", long.replace("A l", "\uff21\u00a0l"), other * 2),
+        talk(4, "é" + other * 2, other * 2),
+        talk(5, "é" + other * 3),
+        talk(6, "e\u0301" + other * 3),
+    ]
+    found = verdicts(rows, view="turn")
+    assert [v["keep"] for v in found] == [True, True, False, False, False, True, False]
+    assert json.loads(found[2]["evidence"]) == {"duplicate_of": "a0", "view": "turn", "cluster": 0}
+    assert json.loads(found[4]["evidence"]) == {"duplicate_of": "a0", "view": "turn", "cluster": 0, "via": "a3"}
+    assert kept(rows, view="turn", turn_bytes=100) == ["a0", "a1", "a2", "a3", "a4", "a5"]
+    assert kept(rows, view="turn", turn_bytes=7)[0] == "a0" and "a1" not in kept(rows, view="turn", turn_bytes=7)
+    assert kept(rows, view="turn", survivor="longest") == ["a1", "a4", "a6"]
+
+
+def test_sources_by_priority() -> None:
+    rows = [row(i, "q", "an answer", source) for i, source in enumerate("abcd")]
+    assert kept(rows, survivor="source", sources=("c", "b")) == ["c2"]
+    assert kept([rows[0], rows[3]], survivor="source", sources=("c", "b")) == ["a0"]

@@ -333,3 +333,113 @@ def test_small_corpora_and_wrong_fields() -> None:
     for fields in ({"threshold": 0.0}, {"threshold": 1.1}, {"ngram": 0}, {"bands": 0}, {"rows_per_band": 0}):
         with pytest.raises(HouseError):
             NearDuplicate(**fields)
+
+
+# ---------------------------------------------------------------- what a user may ask for
+
+
+@pytest.mark.parametrize(("threshold", "fields"), [(0.7, {}), (0.5, {}), (0.85, {"floor": 0.85})])
+def test_recall_holds_in_every_bin_of_jaccard_and_no_pair_is_wrong(threshold: float, fields: dict[str, Any]) -> None:
+    rng = random.Random(5)
+    texts = [rng.choices(VOCABULARY, k=rng.randint(12, 50)) for _ in range(1500)]
+    texts += [text[: (cut := rng.randint(0, len(text) // 3))] + rng.choices(VOCABULARY, k=rng.randint(0, 4)) + text[cut:]
+              for text in texts] + [edited(" ".join(text), rng.choice([0.01, 0.02, 0.03]), rng).split()
+              for text in texts]  # fmt: skip
+    rows = said(*map(" ".join, texts))
+    judge = NearDuplicate(threshold=threshold, **fields)
+    found = near_pairs(sets_of(rows), judge._floor(), *judge._bands())
+    group = found.group.tolist()
+    known = {(a, b): s for a, b, s in zip(found.left.tolist(), found.right.tolist(), found.similarity, strict=True)}
+    sets = [plain_set(" ".join(text), 5) for text in texts]
+    unit = {g: index for index, g in enumerate(group)}
+    assert all(s == plain_jaccard(sets[unit[a]], sets[unit[b]]) >= judge._floor() for (a, b), s in known.items())
+    bins: dict[int, list[bool]] = {}
+    for copy in range(1500, 4500):
+        original = copy % 1500
+        similarity = plain_jaccard(sets[copy], sets[original])
+        if similarity >= threshold:
+            ends = min(group[copy], group[original]), max(group[copy], group[original])
+            bins.setdefault(int(similarity * 20 + 1e-9), []).append(ends[0] == ends[1] or ends in known)
+    wide = [hits for hits in bins.values() if len(hits) >= 60]
+    assert len(wide) >= (1 - threshold) * 20 - 1 and sum(map(len, wide)) > 700
+    assert all(sum(hits) >= 0.98 * len(hits) for hits in wide)
+
+
+def test_derived_bands_and_conventions() -> None:
+    assert NearDuplicate()._bands() == (25, 5)
+    assert NearDuplicate(threshold=0.85)._bands() == (25, 5) and NearDuplicate(threshold=0.85)._floor() == 0.7
+    assert NearDuplicate(threshold=0.66)._floor() == 0.6
+    assert NearDuplicate(bands=14, rows_per_band=8)._bands() == (14, 8)
+    text = " ".join(VOCABULARY[:50])
+    assert kept(said(text, f"{text} more"), bands=32, rows_per_band=8) == ["a0"]
+    assert repr(NearDuplicate(threshold=0.8)).startswith(
+        "NearDuplicate(threshold=0.8, ngram=5, view='pair', bands=None"
+    )
+
+
+def test_letters_of_short_rows_on_request() -> None:
+    short = ["What is AI?", "Name a fruit", "Hi", "Define gravity now", "2 + 2", "This one has more than five words"]
+    assert len(kept(said(*short), chars=5)) == 6
+    near = [
+        "Define gravitation now",
+        "define  Gravitation, now!",
+        "Define gravitations now",
+        "Hi",
+        "hi",
+        "Ho",
+        "?",
+        "!",
+    ]
+    assert kept(said(*near)) == ["a0", "a2", "a3", "a5", "a6", "a7"]
+    assert kept(said(*near), chars=5, threshold=0.6) == ["a0", "a3", "a5", "a6", "a7"]
+    score = verdicts(said(*near), chars=5, threshold=0.6)[2]["score"]
+
+    def runs(text: str) -> set[str]:
+        return {text[i : i + 5] for i in range(len(text) - 4)}
+
+    assert score == plain_jaccard(runs("define gravitation now"), runs("define gravitations now"))
+    han = said("今天天气", "今天天氣", "今天天气!", "ﬁne  day", "fine day")
+    assert kept(han, chars=2) == ["a0", "a1", "a3"]  # 2 of 4 pairs of letters are shared
+    assert kept(said("a b c d", "a b c d e"), chars=3) == ["a0", "a1"]  # a short text meets short texts alone
+
+
+def test_any_turn_makes_a_duplicate_but_short_turns_do_not_count() -> None:
+    long, other, third = (" ".join(VOCABULARY[low : low + 20]) for low in (0, 20, 40))
+    thanks = "Thank you very much!"
+
+    def talk(position: int, *turns: tuple[str, str]) -> Row:
+        return row(position, None, None, messages=[message(role, text) for role, text in turns])
+
+    rows = [
+        talk(0, ("user", long), ("assistant", "yes"), ("user", thanks), ("assistant", other)),
+        talk(1, ("user", thanks), ("assistant", third)),
+        talk(2, ("user", third + " indeed"), ("assistant", thanks)),
+        talk(3, ("system", long), ("user", "Hello"), ("tool", other), ("assistant", "Hello you")),
+        row(4, "q", None, chosen=[message("assistant", other)], rejected=[message("assistant", "no")]),
+        row(5, None, None, messages=None, text=long),
+        talk(6, ("user", long), ("assistant", long)) | {"messages": [message("user", "ab " * 30)] * 2},
+    ]
+    found = verdicts(rows, view="turn")
+    assert [v["keep"] for v in found] == [True, True, False, True, False, False, True]
+    owners = [json.loads(v["evidence"])["duplicate_of"] for v in found if v["evidence"]]
+    assert owners == ["a1", "a0", "a0"]
+    assert [v["score"] for v in found if v["evidence"]] == [16 / 17, 1.0, 1.0]
+    assert [v["keep"] for v in verdicts(rows, view="turn", turn_bytes=10)] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
+    bridge = [talk(0, ("user", long)), talk(1, ("user", long), ("assistant", other)), talk(2, ("assistant", other))]
+    last = verdicts(bridge, view="turn")[2]
+    assert not last["keep"] and json.loads(last["evidence"]) == {
+        "duplicate_of": "a0", "cluster": 0, "via": "a1", "via_similarity": 1}  # fmt: skip
+
+
+def test_rows_of_equal_place_survive_by_their_name() -> None:
+    text = " ".join(VOCABULARY[:20])
+    rows = [row(0, None, text) | {"row_id": name} for name in ("c", "b", "d")]
+    assert kept(rows) == ["b"] and kept(rows[::-1]) == ["b"]
