@@ -17,12 +17,14 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from .explain import pictures
 from .folder import HouseError, RunFolder
 from .text import prompt_of, response_of
 from .views import Json, connect, query, sets, sources, steps
 
 ROW_ID = re.compile(r"[0-9a-f]{32}")
 MOST_ROWS = 1000  # of a query's answer on the screen
+MOST_MEMBERS = 5  # of a group that are shown
 MOST_RELATIVES = 50  # parents or children of one row that are told
 
 
@@ -186,6 +188,8 @@ class Verdict:
     limits: tuple[float | None, float | None]
     evidence: Json
     texts: dict[str, str]
+    members: tuple[str, ...] = ()  # of its group of duplicates or its cluster: others of them, MOST_MEMBERS at most
+    group: int = 0  # how many others there are
 
     def sentence(self) -> str:
         """The verdict in words, without its evidence."""
@@ -203,10 +207,16 @@ class Verdict:
 
     def proof(self) -> list[str]:
         """The evidence in words, one line a fact, with the text of each row that it names."""
-        return [
+        lines = [
             f"{name.replace('_', ' ')}: {value}" + (f"  {self.texts[value]}" if value in self.texts else "")
             for name, value in ((key, _word(item)) for key, item in self.evidence.items())
         ]
+        if self.group:
+            lines.append(
+                f"with it in the group: {self.group:,} more" + (", such as" if self.group > len(self.members) else "")
+            )
+            lines += [f"  {member}  {self.texts.get(member, '')}" for member in self.members]
+        return lines
 
 
 def _word(value: Any) -> str:
@@ -237,6 +247,7 @@ class Life:
     curated: tuple[tuple[str, str, str], ...]  # set, split, file
     trained: tuple[Json, ...]  # stage, steps, and what the stage wrote of the row; or stage, excluded
     faults: tuple[Json, ...]  # of the quarantine: step, error, raw (a traceback)
+    stands_for: tuple[tuple[str, int, str, str], ...] = ()  # set, step, row_id and text of what it was kept instead of
 
 
 def why(folder: RunFolder, row_id: str) -> Life:
@@ -261,7 +272,16 @@ def life(con: Any, folder: RunFolder, row_id: str) -> Life:
         ),
         trained=_trained(con, full),
         faults=tuple(records(con, "SELECT step, error, raw FROM quarantine WHERE row_id = ? ORDER BY ALL", [full])),
+        stands_for=_stands_for(con, full),
     )
+
+
+def _stands_for(con: Any, row_id: str) -> tuple[tuple[str, int, str, str], ...]:
+    sql = """SELECT "set", step, row_id FROM judged WHERE json_extract_string(evidence, '$.duplicate_of') = ?
+             ORDER BY ALL LIMIT ?"""
+    found = con.execute(sql, [row_id, MOST_RELATIVES]).fetchall()
+    said = {row["row_id"]: gist(row) for row in rows_of(con, [one for _, _, one in found])}
+    return tuple((name, step, one, said.get(one, "")) for name, step, one in found)
 
 
 def find_row(con: Any, row_id: str) -> str:
@@ -290,13 +310,15 @@ def _verdicts(con: Any, folder: RunFolder, row: Mapping[str, Any]) -> tuple[Verd
         key = (one["set"], one["step"])
         if one["score"] is None:
             one["score"] = scores.get(key)
-        found.append(verdict_of(con, known[key], one))
+        found.append(verdict_of(con, known[key], one, group=True))
     return tuple(found)
 
 
-def verdict_of(con: Any, step: Mapping[str, Any], one: Mapping[str, Any]) -> Verdict:
-    """One record of the view `verdicts` with what its step (step.json) and the rows it names add to it."""
+def verdict_of(con: Any, step: Mapping[str, Any], one: Mapping[str, Any], *, group: bool = False) -> Verdict:
+    """One record of the view `verdicts` with what its step (step.json) and the rows it names add to it. group: also who
+    else is in its cluster or group of duplicates, which reads all verdicts."""
     evidence = json.loads(one["evidence"] or "{}")
+    members, size = _members(con, one, evidence) if group else ((), 0)
     return Verdict(
         set=one["set"],
         step=one["step"],
@@ -308,14 +330,28 @@ def verdict_of(con: Any, step: Mapping[str, Any], one: Mapping[str, Any]) -> Ver
         measure=step["score"],
         limits=(step["limits"][0], step["limits"][1]),
         evidence=evidence,
-        texts=_texts(con, evidence),
+        texts=_texts(con, evidence, members),
+        members=members,
+        group=size,
     )
 
 
-def _texts(con: Any, evidence: Mapping[str, Any]) -> dict[str, str]:
-    """Texts of the rows that evidence names."""
+def _texts(con: Any, evidence: Mapping[str, Any], members: Sequence[str] = ()) -> dict[str, str]:
+    """Texts of the rows that evidence names, and of `members`."""
     ids = [value for value in evidence.values() if isinstance(value, str) and ROW_ID.fullmatch(value)]
-    return {row["row_id"]: gist(row) for row in rows_of(con, ids)}
+    return {row["row_id"]: gist(row) for row in rows_of(con, [*ids, *members])}
+
+
+def _members(con: Any, one: Mapping[str, Any], evidence: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
+    """Others of the row's group of duplicates (beside the survivor), or of its cluster: some, and how many."""
+    key = "duplicate_of" if "duplicate_of" in evidence else "cluster" if "cluster" in evidence else None
+    if key is None:
+        return (), 0
+    where = """FROM judged WHERE "set" = ? AND step = ? AND row_id <> ? AND json_extract_string(evidence, ?) = ?"""
+    values = [one["set"], one["step"], one["row_id"], f"$.{key}", str(evidence[key])]
+    found = con.execute(f"SELECT row_id {where} ORDER BY row_id LIMIT {MOST_MEMBERS}", values).fetchall()
+    count = con.execute(f"SELECT count(*) {where}", values).fetchone()[0] if found else 0
+    return tuple(row_id for (row_id,) in found), int(count)
 
 
 def _ancestors(con: Any, row: Mapping[str, Any]) -> tuple[Relative, ...]:
@@ -381,16 +417,25 @@ def plain(text: str) -> str:
 def print_why(folder: RunFolder, row_id: str, console: Console | None = None) -> None:
     """The life of one row: what it says, where it came from, what each step said of it, what became of it."""
     console = console or wide_console()
-    found = why(folder, row_id)
+    with connect(folder) as con:
+        found = life(con, folder, row_id)
+        twins = [
+            str(verdict.evidence["duplicate_of"]) for verdict in found.verdicts if "duplicate_of" in verdict.evidence
+        ]
+        others = {row["row_id"]: row for row in rows_of(con, twins)}
     tree = Tree(Text(f"row {found.row['row_id']}", style="bold"))
     _show_text(tree, found.row)
     _show_origin(tree, found)
     for name in dict.fromkeys(verdict.set for verdict in found.verdicts):
-        _show_set(tree, found, name)
+        _show_set(tree, found, name, others)
     if not found.verdicts:
         tree.add(Text("no step has judged it yet", style="yellow"))
     for one in found.trained:
         _show_trained(tree, one)
+    if found.stands_for:
+        branch = tree.add(Text("kept instead of", style="bold"))
+        for name, step, one_id, text in found.stands_for:
+            branch.add(Text(f"{one_id} (set {name}, step {step})\n{text}"))
     if found.children:
         branch = tree.add(Text("made from it", style="bold"))
         for child in found.children:
@@ -431,7 +476,7 @@ def _show_origin(tree: Tree, found: Life) -> None:
         branch.add(Text(f"{lost} (not a row of this run)"))
 
 
-def _show_set(tree: Tree, found: Life, name: str) -> None:
+def _show_set(tree: Tree, found: Life, name: str, others: Mapping[str, Json]) -> None:
     branch = tree.add(Text(f"set {name}", style="bold"))
     for verdict in found.verdicts:
         if verdict.set != name:
@@ -442,6 +487,8 @@ def _show_set(tree: Tree, found: Life, name: str) -> None:
             leaf.add(Text(plain(verdict.judge), style="dim"))
         for line in verdict.proof():
             leaf.add(Text(plain(line)))
+        for shown in pictures(found.row, verdict.evidence, others):
+            leaf.add(shown)
     for _, split, file in (one for one in found.curated if one[0] == name):
         branch.add(Text(f"curated: split {split}, curated/{name}/{file}", style="bold green"))
 
