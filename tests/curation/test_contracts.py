@@ -4,6 +4,7 @@ one row, on nulls and on very long rows, the same answer twice."""
 import dataclasses
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,15 +15,25 @@ import pyarrow as pa
 import pytest
 
 from gristmill.curation.door import ChatAnswer, ChatRequest
+from gristmill.curation.measures.length import Length
 from gristmill.curation.rows import ROW, content_id, message, table
 from gristmill.curation.steps import VERDICT, find_steps
+from gristmill.curation.text import view
 
 STEPS = find_steps()
 SCRATCH = TemporaryDirectory()
 TARGETS = Path(SCRATCH.name) / "targets.jsonl"
 TARGETS.write_text('{"prompt": "What is a word?", "completion": "A sound that means something."}\n')
+TAUGHT = Path(tempfile.mkdtemp(prefix="gristmill-contracts-"))
+for side in ("good", "bad"):
+    taught = [json.dumps({"instruction": f"question {n}", "output": f"{side} answer {n}"}) for n in range(20)]
+    (TAUGHT / f"{side}.jsonl").write_text("\n".join(taught))
 # what a recipe must say of each step that has fields without defaults
 NEEDED: dict[str, dict[str, Any]] = {
+    "ScoreQuantile": {"of": Length(), "column": "response_words"},
+    "ScoreRange": {"of": Length(), "column": "response_words"},
+    "TokenLength": {"model": "m"},
+    "TokenLengthRange": {"model": "m"},
     "Cap": {"most": 2},
     "StageMixture": {"set_name": "s"},
     "Confidence": {"model": "m", "nli": "n"},
@@ -34,12 +45,18 @@ NEEDED: dict[str, dict[str, Any]] = {
     "Grape": {"model": "m"},
     "Ifd": {"model": "m"},
     "JudgeScores": {"model": "m"},
+    "Deita": {"budget": 2, "of": Length(), "column": "response_words"},
+    "FacilityLocation": {"budget": 2},
+    "IterativeQuality": {"budget": 4, "rounds": 2},
+    "KCenter": {"budget": 2},
     "KMeansQuality": {"budget": 2},
     "PairPreference": {"model": "m"},
     "PerplexityQuantile": {"model": "m"},
     "PerplexityRange": {"model": "m"},
     "PreferenceFromModel": {"model": "m"},
     "RandomSample": {"budget": 2},
+    "RepeatedRandom": {"budget": 2},
+    "QualityClassifier": {"positives": (str(TAUGHT / "good.jsonl"),), "negatives": (str(TAUGHT / "bad.jsonl"),)},
     "ResponsePerplexity": {"model": "m"},
     "StratifiedSample": {"budget": 2},
     "TopScore": {"budget": 2},
@@ -102,6 +119,11 @@ class Tools:
 
     def entailment(self, model: str) -> Entailment:
         return Entailment()
+
+    def token_counts(self, model: str, rows: pa.Table) -> pa.Table:
+        size = [len(text) for text in view(rows, "pair")]
+        names = ("prompt_tokens", "response_tokens", "total_tokens")
+        return pa.table({name: pa.array(size, pa.int32()) for name in names})
 
     def digest(self, model: str) -> str:
         return "d"
