@@ -65,6 +65,10 @@ class Tools(Protocol):
     def entailment(self, model: str) -> EntailmentModel:
         """Natural-language-inference model that the recipe calls `model`."""
 
+    def token_counts(self, model: str, rows: pa.Table) -> pa.Table:
+        """For each row (schema ROW), in order: `prompt_tokens`, `response_tokens` and `total_tokens` (int32) under the
+        model's tokenizer and chat template, as the trainer counts them; null where the template refuses the row."""
+
     def digest(self, model: str) -> str:
         """Digest of a model's weights, without loading it."""
 

@@ -135,6 +135,13 @@ class Workshop:
         embedder: Embedder = self._kept(f"embedder {model}", lambda: load_embedder(self.base_folder(model)))
         return embedder
 
+    def token_counts(self, model: str, rows: pa.Table) -> pa.Table:
+        with interrupts_wait():
+            from ..tuning.counts import token_counts
+            from ..tuning.models import load_tokenizer
+
+        return token_counts(self._kept(f"tokenizer {model}", lambda: load_tokenizer(self.base_folder(model))), rows)
+
     def _kept(self, key: str, make: Any) -> Any:
         if self.loaded is None or self.loaded[0] != key:
             self.loaded = None  # the one before may go before the next is loaded

@@ -1,18 +1,15 @@
 """Judges of perplexity: a fixed range, and a share of the corpus."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pyarrow as pa
 
+from ..flags import ranged
 from ..folder import HouseError
 from ..measures.perplexity import ResponsePerplexity
-from ..steps import Corpus, Measure, verdicts
-
-NOT_SCORABLE = "not_scorable"
+from ..quantiles import check_shares, quantile
+from ..steps import Corpus, Measure
 
 
 @dataclass(frozen=True)
@@ -46,16 +43,7 @@ class PerplexityRange:
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts by `perplexity`, both limits included."""
-        scores = values["perplexity"].to_pylist()
-        reasons = [self._reason(score) for score in scores]
-        return verdicts([reason is None for reason in reasons], reasons, scores)
-
-    def _reason(self, score: float | None) -> str | None:
-        if score is None or math.isnan(score):
-            return NOT_SCORABLE
-        if score < self.low:
-            return "perplexity_low"
-        return "perplexity_high" if score > self.high else None
+        return ranged(values["perplexity"], self.low, self.high, "perplexity_low", "perplexity_high")
 
 
 @dataclass(frozen=True)
@@ -76,8 +64,7 @@ class PerplexityQuantile:
     score: ClassVar[str | None] = "perplexity"
 
     def __post_init__(self) -> None:
-        if not (self.drop_lowest >= 0 and self.drop_highest >= 0 and self.drop_lowest + self.drop_highest < 1):
-            raise HouseError(f"{self}: give shares of at least 0 whose sum is below 1")
+        check_shares(self, self.drop_lowest, self.drop_highest)
 
     @property
     def needs(self) -> tuple[Measure, ...]:
@@ -88,24 +75,4 @@ class PerplexityQuantile:
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
-        scores = corpus.values(["perplexity"])["perplexity"].to_pylist()
-        names = [name for table in corpus.tables(["row_id"]) for name in table["row_id"].to_pylist()]
-        reasons: list[str | None] = [NOT_SCORABLE] * len(scores)
-        evidence: list[dict[str, Any] | None] = [None] * len(scores)
-        order = ranked(scores, names)
-        low = int(Fraction(str(self.drop_lowest)) * len(order))
-        high = len(order) - int(Fraction(str(self.drop_highest)) * len(order))
-        for rank, index in enumerate(order):
-            reasons[index] = "perplexity_low" if rank < low else "perplexity_high" if rank >= high else None
-            proof: dict[str, Any] = {"rank": rank + 1, "rows": len(order)}
-            if reasons[index] is not None:
-                cut = scores[order[low if rank < low else high - 1]]
-                proof["cut"] = cut if cut is not None and math.isfinite(cut) else str(cut)
-            evidence[index] = proof
-        return verdicts([reason is None for reason in reasons], reasons, scores, evidence)
-
-
-def ranked(scores: Sequence[float | None], names: Sequence[str]) -> list[int]:
-    """Indices of the scores that are numbers, ascending, ties by name."""
-    known = [(score, name, i) for i, (score, name) in enumerate(zip(scores, names, strict=True)) if score is not None]
-    return [index for score, _, index in sorted(entry for entry in known if not math.isnan(entry[0]))]
+        return quantile(corpus, "perplexity", self.drop_lowest, self.drop_highest)

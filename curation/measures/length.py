@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..door import Progress
 from ..steps import Tools
-from ..text import VIEW_COLUMNS, prompt_of, response_of, words
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,13 @@ class Length:
 
     def measure(self, rows: pa.Table, tools: Tools, progress: Progress) -> pa.Table:
         """One row of `columns` for each row, in order."""
-        values: dict[str, list[int]] = {name: [] for name in self.columns}
-        for row in rows.select(VIEW_COLUMNS).to_pylist():
-            response = response_of(row)
-            values["prompt_words"].append(len(words(prompt_of(row))))
-            values["response_words"].append(len(words(response)))
-            values["response_chars"].append(len(response))
-            values["turns"].append(len(row["messages"] or ()) + len(row["chosen"] or ()))
+        from ..texts import texts
+        from ..word_counts import word_counts
+
+        prompt_words, _ = word_counts(texts(rows, "prompt"))
+        response_words, response_chars = word_counts(texts(rows, "response"))
+        turns = [pc.fill_null(pc.list_value_length(rows[name]), 0) for name in ("messages", "chosen")]
+        values = [pa.array(found) for found in (prompt_words, response_words, response_chars)]
         progress(rows.num_rows, rows.num_rows)
-        return pa.table(values, schema=pa.schema(self.columns))
+        columns = [column.cast(pa.int32()) for column in (*values, pc.add(*turns))]
+        return pa.table(columns, schema=pa.schema(self.columns))
