@@ -342,9 +342,10 @@ def test_small_corpora_and_wrong_fields() -> None:
 def test_recall_holds_in_every_bin_of_jaccard_and_no_pair_is_wrong(threshold: float, fields: dict[str, Any]) -> None:
     rng = random.Random(5)
     texts = [rng.choices(VOCABULARY, k=rng.randint(12, 50)) for _ in range(1500)]
-    texts += [text[: (cut := rng.randint(0, len(text) // 3))] + rng.choices(VOCABULARY, k=rng.randint(0, 4)) + text[cut:]
-              for text in texts] + [edited(" ".join(text), rng.choice([0.01, 0.02, 0.03]), rng).split()
-              for text in texts]  # fmt: skip
+    cuts = [rng.randint(0, len(text) // 3) for text in texts]
+    longer = [text[:cut] + rng.choices(VOCABULARY, k=rng.randint(0, 4)) + text[cut:]
+              for text, cut in zip(texts, cuts, strict=True)]  # fmt: skip
+    texts += longer + [edited(" ".join(text), rng.choice([0.01, 0.02, 0.03]), rng).split() for text in texts]
     rows = said(*map(" ".join, texts))
     judge = NearDuplicate(threshold=threshold, **fields)
     found = near_pairs(sets_of(rows), judge._floor(), *judge._bands())
