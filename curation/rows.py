@@ -52,6 +52,13 @@ ROW = pa.schema(
     ]
 )
 CONTENT = ("messages", "chosen", "rejected", "label", "text", "tools", "spans")
+_NO_TURN: dict[str, str | None] = {field.name: None for field in MESSAGE}
+_SORTED_CONTENT = sorted(CONTENT)
+_LISTS = {"messages", "chosen", "rejected"}
+_SORTED_TURN = sorted(field.name for field in MESSAGE)
+_TURN_KEYS = set(_SORTED_TURN)
+_quoted = json.encoder.encode_basestring
+_dumped = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
 PART_ROWS = 50_000
 PART_GROUP = 10_000  # rows of a row group: what one worker reads at a time
 
@@ -61,15 +68,14 @@ def digest(*pieces: str) -> str:
     state = hashlib.blake2b(digest_size=16)
     for piece in pieces:
         raw = piece.encode("utf-8", "surrogatepass")
-        state.update(f"{len(raw)}:".encode())
+        state.update(b"%d:" % len(raw))
         state.update(raw)
     return state.hexdigest()
 
 
 def message(role: str, content: str | None, **more: str | None) -> dict[str, str | None]:
     """One turn with every field of MESSAGE present (absent ones null)."""
-    base: dict[str, str | None] = {field.name: None for field in MESSAGE}
-    return base | {"role": role, "content": content} | more
+    return {**_NO_TURN, "role": role, "content": content, **more}
 
 
 def _bare(value: Any) -> Any:
@@ -85,8 +91,35 @@ def _bare(value: Any) -> Any:
 
 def content_id(row: Mapping[str, Any]) -> str:
     """Digest of the canonical content: every field of CONTENT that is not null, keys sorted, nulls left out."""
-    content = {name: _bare(row[name]) for name in CONTENT if row.get(name) is not None}
-    return digest(json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":")))
+    return digest(_canonical(row))
+
+
+def _canonical(row: Mapping[str, Any]) -> str:
+    """The content as JSON. Of messages and texts it is put together here, in a third of json.dumps' time."""
+    pieces = []
+    for name in _SORTED_CONTENT:
+        value = row.get(name)
+        if value is None:
+            continue
+        if name in _LISTS and isinstance(value, list):
+            said = "[" + ",".join([_turn(turn) for turn in value]) + "]"
+        elif type(value) is str:
+            said = _quoted(value)
+        else:
+            said = _dumped(_bare(value))
+        pieces.append(f'"{name}":{said}')
+    return "{" + ",".join(pieces) + "}"
+
+
+def _turn(turn: Any) -> str:
+    if type(turn) is not dict or not turn.keys() <= _TURN_KEYS:
+        return _dumped(_bare(turn))
+    said = []
+    for name in _SORTED_TURN:
+        value = turn.get(name)
+        if value is not None:
+            said.append(f'"{name}":{_quoted(value) if type(value) is str else _dumped(_bare(value))}')
+    return "{" + ",".join(said) + "}"
 
 
 def source_row_id(source: str, own_id: str) -> str:

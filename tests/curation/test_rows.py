@@ -1,12 +1,13 @@
 """Ids of rows: what they depend on and what they do not; text views; whole files."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gristmill.curation.folder import HouseError, sole, sweep, whole_file, whole_folder, write_json, write_parquet
@@ -27,6 +28,37 @@ def test_content_id_ignores_nulls_and_names_and_sees_every_content_field(make_ro
     assert content_id(row) == content_id(short) == content_id(row | {"source": "b", "meta": "{}", "position": 9})
     changed = [{"label": True}, {"text": "t"}, {"tools": "[]"}, {"chosen": [message("assistant", "x")]}]
     assert len({content_id(row), *(content_id(row | change) for change in changed)}) == 5
+
+
+VALUE = st.none() | st.text(max_size=8)
+TURNS = st.none() | st.lists(
+    st.fixed_dictionaries(
+        {"role": VALUE, "content": VALUE},
+        optional=dict.fromkeys(("name", "tool_calls", "tool_call_id", "reasoning_content"), VALUE),
+    ),
+    max_size=3,
+)
+SPANS = st.none() | st.lists(
+    st.fixed_dictionaries({"field": st.just("chosen"), "turn": st.none() | st.integers(0, 3), "weight": st.just(0.5)}),
+    max_size=2,
+)
+CONTENTS = st.fixed_dictionaries(
+    {}, optional=dict.fromkeys(("messages", "chosen", "rejected"), TURNS)
+    | {"label": st.none() | st.booleans(), "text": VALUE, "tools": VALUE, "spans": SPANS},
+)  # fmt: skip
+
+
+def bare(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: bare(item) for key, item in value.items() if item is not None}
+    return [bare(item) for item in value] if isinstance(value, list) else value
+
+
+@settings(deadline=None)
+@given(CONTENTS)
+def test_content_ids_are_those_of_canonical_json(row: dict[str, Any]) -> None:
+    plain = json.dumps(bare(row), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    assert content_id(row) == digest(plain)
 
 
 def test_row_ids_tell_occurrences_and_sources_apart() -> None:
