@@ -94,7 +94,7 @@ def run(home: Path, options: argparse.Namespace, made: dict[str, Any]) -> dict[s
     source = Source("synthetic", str(home / "source"), "unknown")
     done = []
     with pool(options.workers, options.executor) as crew:
-        done.append(timed("read", options.rows, lambda: read_source(source, folder)))
+        done.append(timed("read", options.rows, lambda: read_source(source, folder, pool=crew)))
         begin(folder, plan)
         for index, step in enumerate(full_steps(plan)):
 

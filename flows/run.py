@@ -213,7 +213,7 @@ def jobs(
     needed = {name for stage in stages if isinstance(stage, Curate) for name in stage.sources}
     for source in recipe.sources:
         if source.name in needed:
-            yield _read_job(source, folder)
+            yield _read_job(source, folder, crew)
     for index, stage in enumerate(stages):
         if isinstance(stage, Curate):
             yield from _curate_jobs(recipe, folder, shop, stage, release_info(recipe, started), crew)
@@ -226,11 +226,11 @@ def jobs(
     yield _report_job(folder)
 
 
-def _read_job(source: Source, folder: RunFolder) -> Job:
+def _read_job(source: Source, folder: RunFolder, crew: Pool) -> Job:
     def do(progress: Progress) -> Done:
         path = folder.rows / f"{source.name}.json"
         cached = path.is_file()
-        record = read_source(source, folder, lambda rows: progress(rows, source.limit or 0))
+        record = read_source(source, folder, lambda rows: progress(rows, source.limit or 0), crew)
         bad = f", {record['quarantined']:,} quarantined" if record["quarantined"] else ""
         return Done(f"{record['rows']:,} rows ({record['shape']}){bad}", cached, record)
 
