@@ -42,9 +42,9 @@ class Confidence:
     """Confidence of the chat model `model` that the row's response is a right answer to its prompt: the score of CLEAR
     (arXiv 2403.12776), by BSDetector (arXiv 2308.16175).
 
-    confidence = beta · consistency + (1 - beta) · reflection, each from 0 to 1. consistency: mean over `samples` answers
-    that the model gives to the prompt of alpha · (1 - contradiction) + (1 - alpha) · (answer and response are equal
-    after NFKC, case folding and white space); contradiction by the NLI model `nli`, mean of both orders of the texts.
+    confidence = beta · consistency + (1 - beta) · reflection, each from 0 to 1. consistency: mean over `samples`
+    answers that the model gives to the prompt of alpha · (1 - contradiction) + (1 - alpha) · (answer and response are
+    equal after NFKC, case folding and white space); contradiction by the NLI model `nli`, mean of both orders of the texts.
     reflection: mean of two questions about the proposed answer, answered (A) correct 1, (B) incorrect 0, (C) not sure
     0.5, at temperature 0; an answer that cannot be read is asked for once more with another seed.
 
@@ -142,7 +142,8 @@ class Confidence:
 
         def agrees(response: str, answer: str) -> float:
             against = contradiction.get((response, answer), 0.0) + contradiction.get((answer, response), 0.0)
-            return self.alpha * (1 - against / 2) + (1 - self.alpha) * (normal(response) == normal(answer))
+            same = float(normal(response) == normal(answer))
+            return self.alpha * (1 - float(against) / 2) + (1 - self.alpha) * same
 
         return [[agrees(item.response, text) for text in own] for item, own in zip(items, answers, strict=True)]
 
