@@ -4,7 +4,7 @@ made as arrays. Nothing here depends on the order of the rows or on how they are
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -88,8 +88,7 @@ def cost_of(step: object, unit: Unit, tokens: Measure | None) -> tuple[tuple[Mea
 def pool(corpus: Corpus, unit: Unit, tokens: Measure | None, column: str | None = None) -> Pool:
     """The live rows with their costs in `unit` and the scores of `column`. A row whose cost is unknown, or whose score
     is wanted and no finite number, is not open to selection."""
-    names = [chunk for table in corpus.tables(["row_id"]) for chunk in table["row_id"].chunks]
-    keys = row_keys(pa.chunked_array(names, pa.string()))
+    keys = row_keys(row_ids(corpus))
     scores = np.full(len(keys), np.nan) if column is None else numbers(corpus, column)
     known = np.ones(len(keys), np.bool_) if column is None else np.isfinite(scores)
     costs = np.ones(len(keys))
@@ -98,6 +97,13 @@ def pool(corpus: Corpus, unit: Unit, tokens: Measure | None, column: str | None 
         known &= np.isfinite(costs)
     whole = np.maximum(np.where(known, costs, 1), 1).astype(np.int64)  # an empty row still takes a place
     return Pool(keys, scores, whole, known)
+
+
+def row_ids(corpus: Corpus) -> pa.ChunkedArray:
+    """The row_ids of the live rows."""
+    return pa.chunked_array(
+        [chunk for rows in corpus.tables(["row_id"]) for chunk in rows["row_id"].chunks], pa.string()
+    )
 
 
 def numbers(corpus: Corpus, column: str) -> Reals:
@@ -109,9 +115,9 @@ def numbers(corpus: Corpus, column: str) -> Reals:
 # ---- seeded draws
 
 
-def row_keys(row_ids: pa.Array | pa.ChunkedArray) -> Hashes:
+def row_keys(names: pa.Array | pa.ChunkedArray) -> Hashes:
     """The 128 bits that each row_id spells in hexadecimal, shape (rows, 2); of another name those of its digest."""
-    ids = row_ids.combine_chunks() if isinstance(row_ids, pa.ChunkedArray) else row_ids
+    ids = names.combine_chunks() if isinstance(names, pa.ChunkedArray) else names
     if not len(ids):
         return np.zeros((0, 2), np.uint64)
     odd = np.asarray(pc.not_equal(pc.binary_length(ids), 32).to_numpy(zero_copy_only=False), np.bool_)
@@ -119,8 +125,8 @@ def row_keys(row_ids: pa.Array | pa.ChunkedArray) -> Hashes:
     spelled = _digits(ids if len(long_enough) == len(ids) else ids.take(pa.array(long_enough)))
     odd[long_enough[(spelled > 15).any(axis=1)]] = True
     if odd.any():
-        names = ids.filter(pa.array(odd)).to_pylist()
-        ids = pc.replace_with_mask(ids, pa.array(odd), pa.array([digest(str(name)) for name in names], pa.string()))
+        others = [digest(str(name)) for name in ids.filter(pa.array(odd)).to_pylist()]
+        ids = pc.replace_with_mask(ids, pa.array(odd), pa.array(others, pa.string()))
         spelled = _digits(ids)
     packed = np.ascontiguousarray(spelled[:, ::2] << 4 | spelled[:, 1::2])
     return packed.view(">u8").astype(np.uint64)
@@ -297,6 +303,32 @@ def _plain(values: pa.Array | npt.NDArray[Any]) -> pa.Array:
         [json.dumps(text, ensure_ascii=False)[1:-1] for text in coded.dictionary.to_pylist()], pa.string()
     )
     return escaped.take(coded.indices)
+
+
+def picked(
+    rows: Pool,
+    names: pa.ChunkedArray,
+    order: Ints,
+    chosen: Ints,
+    closest: tuple[str, npt.NDArray[np.float32], Ints],
+    evidence: Mapping[str, pa.Array | npt.NDArray[Any]],
+) -> pa.Table:
+    """Verdicts of a greedy choice. order: the open rows as the choice saw them; chosen: places in `order`, in the order
+    of choice. closest: what it is called (distance, similarity), its value for each place in `order` and the place of
+    the picked row it is to (-1: none), which becomes the score and the evidence {NAME, closest} beside {rank}."""
+    keep, rank = np.zeros(len(rows), np.bool_), np.zeros(len(rows), np.int64)
+    keep[order[chosen]], rank[order[chosen]] = True, np.arange(1, len(chosen) + 1)
+    what, value, other = closest
+    compared = other >= 0
+    known, score, row = np.zeros(len(rows), np.bool_), np.full(len(rows), np.nan), np.arange(len(rows))
+    known[order[compared]], score[order[compared]] = True, value[compared]
+    row[order[compared]] = order[other[compared]]
+    proof = {
+        "rank": pa.array(rank, mask=~keep),
+        what: pa.array(np.round(score, 6), mask=~known),
+        "closest": names.combine_chunks().take(pa.array(row, mask=~known | (row == np.arange(len(rows))))),
+    }
+    return selected(replace(rows, scores=score), keep, {**proof, **evidence})
 
 
 def all_kept(step: object, rows: Pool, budget: int, unit: Unit) -> pa.Table | None:
