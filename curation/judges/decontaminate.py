@@ -90,7 +90,7 @@ class Decontaminate(Unmeasured):
             warnings.warn("Decontaminate: no evaluation set is named, nothing was looked for", stacklevel=2)
         index = read_index(sets, self.n)
         _warn_unsought(index)
-        sources = sorted({name for part in corpus.tables(["source"]) for name in pc.unique(part["source"]).to_pylist()})
+        sources = _sources(corpus) if self.level == "source" else []
         tops = Tops(len(sources), len(index.items)) if self.level == "source" else None
         pieces, done = [MATCHES.empty_table()], 0
         for part in corpus.tables(["source", *VIEW_COLUMNS]):
@@ -139,7 +139,7 @@ class Decontaminate(Unmeasured):
         said = [*self._proofs(facts, matches.filter(pa.array(covered)), "coverage", ""),
                 *self._proofs(facts, matches.filter(pa.array(shared)), f"ngram{self.overlap}", "run_")]  # fmt: skip
         proof[np.r_[rows[covered], rows[shared]]] = np.arange(len(said))
-        for source, evidence in self._sources(facts, tops).items():
+        for source, evidence in self._whole_sources(facts, tops).items():
             whole = keep & _of_source(corpus, source)
             score[whole], keep[whole], reason[whole], proof[whole] = np.nan, False, 2, len(said)
             said.append(evidence)
@@ -163,7 +163,7 @@ class Decontaminate(Unmeasured):
             said.append(json.dumps(proof | {"matched": matched}, ensure_ascii=False))
         return said
 
-    def _sources(self, facts: Mapping[str, Any], tops: pa.Table | None) -> dict[str, str]:
+    def _whole_sources(self, facts: Mapping[str, Any], tops: pa.Table | None) -> dict[str, str]:
         """Evidence of each source that goes as a whole: the set of which it holds the largest share."""
         if tops is None:
             return {}
@@ -185,6 +185,10 @@ class Decontaminate(Unmeasured):
                          "threshold": self.source_share, "rule": "source"}  # fmt: skip
                 found[source] = json.dumps(proof, ensure_ascii=False)
         return found
+
+
+def _sources(corpus: Corpus) -> list[str]:
+    return sorted({name for part in corpus.tables(["source"]) for name in pc.unique(part["source"]).to_pylist()})
 
 
 def _warn_unsought(index: "Index") -> None:
