@@ -44,7 +44,8 @@ class Confidence:
 
     confidence = beta · consistency + (1 - beta) · reflection, each from 0 to 1. consistency: mean over `samples`
     answers that the model gives to the prompt of alpha · (1 - contradiction) + (1 - alpha) · (answer and response are
-    equal after NFKC, case folding and white space); contradiction by the NLI model `nli`, mean of both orders of the texts.
+    equal after NFKC, case folding and white space); contradiction by the NLI model `nli`, mean of both orders of the
+    texts.
     reflection: mean of two questions about the proposed answer, answered (A) correct 1, (B) incorrect 0, (C) not sure
     0.5, at temperature 0; an answer that cannot be read is asked for once more with another seed.
 

@@ -60,6 +60,21 @@ def test_greedy_answers_are_those_of_transformers(folder: Path, chat: ChatModel)
         assert one.logprobs == pytest.approx(logps.tolist(), abs=2e-5)
 
 
+def test_options_have_the_probabilities_of_the_answers_first_token(folder: Path, chat: ChatModel) -> None:
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    options = ("1", "2", "6")
+    asked = [ask(text, sampling=Sampling(0.0, 1.0, 3, options=options)) for text in ("say 4", "which of them is it?")]
+    for request, one in zip(asked, answers(chat, [*asked, ask("none")]), strict=False):
+        messages = [{"role": "user", "content": request.messages[0][1]}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        with torch.no_grad():
+            logps = model(**ids).logits[0, -1].log_softmax(-1)
+        wanted = [logps[tokenizer(option, add_special_tokens=False)["input_ids"][0]].item() for option in options]
+        assert one.options == pytest.approx(wanted, abs=2e-5)
+    alike = answers(chat, [ask("say 4", sampling=Sampling(options=("1", "12 34"))), ask("say 4")])
+    assert [one.options for one in alike] == [None, None]
+
+
 def test_an_answer_does_not_depend_on_its_batch(folder: Path, chat: ChatModel) -> None:
     requests = [ask(f"say {seed} " * (1 + seed % 4), seed) for seed in range(12)]
     together = answers(chat, requests)
