@@ -49,7 +49,7 @@ class Model:
 
 def train(rows: pa.Table, positive: npt.NDArray[np.bool_], view: View, features: int, name: str) -> Model:
     """The model of `rows` (columns of text.VIEW_COLUMNS and content_id) of which `positive` are the good ones. Tells
-    its cross-validated AUROC, and how many contents stand on both sides and are left out, in a UserWarning of `name`."""
+    its cross-validated AUROC, and how many contents stand on both sides and are left out, in a UserWarning."""
     rows, truth, both = _distinct(rows, positive)
     counts = int(truth.sum()), int((~truth).sum())
     if min(counts) < LEAST:
@@ -118,5 +118,8 @@ def _fitted(matrix, truth) -> tuple[Reals, float]:  # type: ignore[no-untyped-de
 
     with threadpool_limits(1), warnings.catch_warnings():  # sums over threads would depend on their number
         warnings.simplefilter("ignore")  # 100 rounds are enough where it has not converged
-        model = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=100).fit(matrix, truth)
+        # coordinate descent on the dual: a fifth of L-BFGS's time; its order of rows is drawn from random_state
+        model = LogisticRegression(
+            C=STRENGTH, class_weight="balanced", solver="liblinear", dual=True, random_state=0, tol=1e-2
+        ).fit(matrix, truth)
     return model.coef_[0].astype(np.float64), float(model.intercept_[0])

@@ -50,7 +50,7 @@ class Language:
     """
 
     view: View = "pair"
-    chars: int = 300
+    chars: int = 200
     file: str | None = None
 
     version: ClassVar[int] = 1

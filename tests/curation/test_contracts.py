@@ -49,6 +49,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "FacilityLocation": {"budget": 2},
     "IterativeQuality": {"budget": 4, "rounds": 2},
     "KCenter": {"budget": 2},
+    "InstructMining": {"budget": 2},
     "KMeansQuality": {"budget": 2},
     "PairPreference": {"model": "m"},
     "PerplexityQuantile": {"model": "m"},
