@@ -169,7 +169,8 @@ def gumbel(keys: Hashes, seed: int) -> Reals:
 
 def canonical(keys: Hashes) -> Ints:
     """The order of row_id: in it, work that is sensitive to order gives the same result for any order of the rows."""
-    return np.lexsort((keys[:, 1], keys[:, 0]))
+    order: Ints = np.lexsort((keys[:, 1], keys[:, 0]))
+    return order
 
 
 # ---- ranks, quotas, what a budget buys
@@ -178,7 +179,8 @@ def canonical(keys: Hashes) -> Ints:
 def descending(scores: Reals, ties: Hashes, open_rows: Bools) -> Ints:
     """The open rows from the greatest score down, equal ones by `ties`."""
     rows = np.flatnonzero(open_rows)
-    return rows[np.lexsort((ties[rows], -scores[rows]))]
+    order: Ints = rows[np.lexsort((ties[rows], -scores[rows]))]
+    return order
 
 
 def ranks(order: Ints, groups: Ints) -> Ints:

@@ -48,7 +48,7 @@ class Deita:
 
     budget: int
     of: Measure
-    column: str | None = None
+    column: str
     times: Measure | None = None
     times_column: str | None = None
     threshold: float = 0.9

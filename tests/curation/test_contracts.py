@@ -47,7 +47,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "JudgeScores": {"model": "m"},
     "Deita": {"budget": 2, "of": Length(), "column": "response_words"},
     "FacilityLocation": {"budget": 2},
-    "IterativeQuality": {"budget": 4, "rounds": 2},
+    "IterativeQuality": {"budget": 4},
     "KCenter": {"budget": 2},
     "InstructMining": {"budget": 2},
     "KMeansQuality": {"budget": 2},
