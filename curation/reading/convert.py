@@ -15,7 +15,43 @@ from .formats import Record, Unreadable, shown
 from .shapes import Shape, recognise
 from .turns import Unfit
 
+_TURNS = ("messages", "conversations", "chosen", "rejected")
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str).encode
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How a source calls things. columns: our column name -> theirs. turn: their keys of a turn's role and content,
+    where they are not among ours. roles: their name of a role -> ours."""
+
+    columns: Mapping[str, str] | None = None
+    turn: tuple[str, str] | None = None
+    roles: Mapping[str, str] | None = None
+
+    def renamed(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """A record under our names. Another column that already has such a name is kept as NAME_unmapped."""
+        columns = self.columns
+        if columns:
+            taken = set(columns.values())
+            rest = {f"{n}_unmapped" if n in columns else n: value for n, value in fields.items() if n not in taken}
+            fields = rest | {ours: fields[theirs] for ours, theirs in columns.items() if theirs in fields}
+        if self.turn is not None:
+            fields = fields | {name: self._turns(fields[name]) for name in _TURNS if name in fields}
+        return fields
+
+    def _turns(self, value: Any) -> Any:
+        """Turns (or one turn) with our keys and roles; whatever else it is stays."""
+        if isinstance(value, list):
+            return [self._turns(item) for item in value]
+        assert self.turn is not None
+        role, content = self.turn
+        if not isinstance(value, Mapping) or role not in value:
+            return value
+        rest = {key: item for key, item in value.items() if key not in (role, content)}
+        return rest | {"role": (self.roles or {}).get(value[role], value[role]), "content": value.get(content)}
+
+
+OURS = Naming()
 
 
 @dataclass(frozen=True)
@@ -29,9 +65,7 @@ class Read:
     given: dict[int, tuple[str, Record, Any]]
 
 
-def rows_of_chunk(
-    source: str, columns: Mapping[str, str] | None, own_id: str | None, shape: bytes | None, chunk: Chunk
-) -> Read:
+def rows_of_chunk(source: str, naming: Naming, own_id: str | None, shape: bytes | None, chunk: Chunk) -> Read:
     """The rows of a chunk. shape: pickled arguments of `recognise`, None where no record is readable."""
     known = None if shape is None else _shape(shape)
     base: Row = dict.fromkeys(ROW.names) | {"source": source}
@@ -45,7 +79,7 @@ def rows_of_chunk(
             continue
         assert known is not None  # there was a readable record to recognise it by
         try:
-            row = base | _content(record.fields, columns, known, split)
+            row = base | _content(record.fields, naming, known, split)
             row["position"] = position
             row["content_id"] = content_id(row)
             if own_id is None:
@@ -65,18 +99,9 @@ def _shape(raw: bytes) -> Shape:
     return recognise(*pickle.loads(raw))
 
 
-def renamed(fields: dict[str, Any], columns: Mapping[str, str] | None) -> dict[str, Any]:
-    """A record under our column names. Another column that already has such a name is kept as NAME_unmapped."""
-    if not columns:
-        return fields
-    taken = set(columns.values())
-    rest = {f"{name}_unmapped" if name in columns else name: v for name, v in fields.items() if name not in taken}
-    return rest | {ours: fields[theirs] for ours, theirs in columns.items() if theirs in fields}
-
-
-def _content(given: dict[str, Any], columns: Mapping[str, str] | None, shape: Shape, split: str | None) -> Row:
+def _content(given: dict[str, Any], naming: Naming, shape: Shape, split: str | None) -> Row:
     """Content and meta of one record; Unfit where it does not have the source's shape."""
-    fields = renamed(given, columns)
+    fields = naming.renamed(given)
     content = shape.convert(fields)
     used = shape.used
     more = {name: value for name, value in fields.items() if value is not None and name not in used}

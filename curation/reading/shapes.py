@@ -309,7 +309,9 @@ def recognise(shape: str, sample: Iterable[Fields], source: str) -> Shape:
     seen and the shapes known where there is none."""
     columns = Columns(sample)
     if shape != "auto" and shape not in SHAPES:
-        raise HouseError(f"source {source}: unknown shape {shape!r}; known: auto, {', '.join(SHAPES)}")
+        raise HouseError(
+            f"source {source}: unknown shape {shape!r}; known: auto, {', '.join(SHAPES)}, tree, tree_preference"
+        )
     for name in SHAPES if shape == "auto" else (shape,):
         if (built := SHAPES[name](columns)) is not None:
             convert, used = built

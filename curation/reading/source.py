@@ -10,7 +10,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -23,13 +23,15 @@ from ..folder import HouseError, RunFolder, read_json, write_json, write_parquet
 from ..keys import keys_of
 from ..pool import INLINE, SMALL, Pool, fitting
 from ..rows import PART_GROUP, PART_ROWS, ROW, Row, counted_row_id
+from .addresses import find
 from .chunks import ROWS, Chunk, Found, file_chunks, listed
-from .convert import Read, renamed, rows_of_chunk, used_before
+from .convert import OURS, Naming, Read, rows_of_chunk, used_before
 from .docstrings import PREFIX, docstrings, module_files, modules_digest
-from .files import files_digest, find_files
+from .files import files_digest
 from .formats import Record, Unreadable
 from .seen import Seen
 from .shapes import recognise
+from .trees import TREES, conversations, is_tree
 
 __all__ = ["QUARANTINE", "Source", "Unreadable", "iter_rows", "read_source"]
 
@@ -53,9 +55,11 @@ class Source:
     """One source of rows.
 
     name: names the rows' parts and their ids. path: a file, folder, glob pattern or saved `datasets` folder on any file
-    system that fsspec knows, or `docstrings:stdlib`, `docstrings:all`. licence: as it goes to the data card. shape: one
-    of reading.shapes, or auto. columns: our column name -> theirs. id: the source's own id column (unique); without one
-    a row's id comes from its content. limit: records that are read at most, from the beginning.
+    system that fsspec knows; `hub:ORG/NAME[@REVISION][:CONFIG[:SPLIT]]`, read through `datasets` and its cache;
+    `factory:FOLDER:NAME`, an entry of LLaMA-Factory's FOLDER/dataset_info.json; `docstrings:stdlib`, `docstrings:all`.
+    licence: as it goes to the data card. shape: one of reading.shapes, tree, tree_preference, or auto. columns: our
+    column name -> theirs. id: the source's own id column (unique); without one a row's id comes from its content.
+    limit: records that are read at most, from the beginning.
     """
 
     name: str
@@ -85,12 +89,13 @@ def read_source(
     """
     wanted = json.loads(json.dumps(asdict(source)))
     marker = folder.rows / f"{source.name}.json"
-    digest, size, chunks = _open(source)
+    opened = _open(source)
+    digest = opened.digest
     if marker.is_file():
         return _same(read_json(marker), wanted, digest, folder)
     _clear(source, folder)
-    shape, chunks, work = _recognised(source, chunks)
-    pool = fitting(pool, source, SMALL if size >= LARGE else 0)
+    shape, chunks, work = _recognised(source, opened)
+    pool = fitting(pool, source, SMALL if opened.size >= LARGE else 0)
     rows = _Numbered(source, pool.map(work, chunks))
     parts, bad, contents = _write(source, folder, rows, progress)
     count = sum(size for _, size in parts)
@@ -115,7 +120,7 @@ def read_source(
 
 def iter_rows(source: Source) -> Iterator[Row | Unreadable]:
     """The rows of a source in order, and what could not be read; writes nothing."""
-    _, chunks, work = _recognised(source, _open(source)[2])
+    _, chunks, work = _recognised(source, _open(source))
     for chunk in _Numbered(source, map(work, chunks)):
         bad = iter(chunk.bad)
         place, fault = next(bad, (-1, None))
@@ -150,22 +155,61 @@ def _clear(source: Source, folder: RunFolder) -> None:
         (folder.quarantine / f"{source.name}.parquet").unlink()
 
 
-def _open(source: Source) -> tuple[str, int, Iterator[Chunk]]:
-    """Digest and bytes of the source's files, and their chunks."""
+@dataclass(frozen=True)
+class _Opened:
+    """A source before its shape is known. size: bytes of its files."""
+
+    digest: str
+    size: int
+    chunks: Iterator[Chunk]
+    naming: Naming
+
+
+def _open(source: Source) -> _Opened:
     if source.path.startswith(PREFIX):
         modules = module_files(source.path)
         found: Iterator[Found] = ((name, None, record) for name, record in docstrings(modules))
-        return modules_digest(modules), 0, listed(itertools.islice(found, source.limit))
-    files = find_files(source.path)
-    chunks = (chunk for file in files for chunk in file_chunks(file))
+        return _Opened(
+            modules_digest(modules), 0, listed(itertools.islice(found, source.limit)), Naming(source.columns)
+        )
+    entry = find(source.path)
+    chunks = (chunk for file in entry.files for chunk in file_chunks(file))
     if source.limit is not None:
-        parsed = (found for chunk in chunks for found in chunk.records())
-        chunks = listed(itertools.islice(parsed, source.limit), min(ROWS, source.limit))
-    return files_digest(files), sum(file.fs.size(file.path) or 0 for file in files), chunks
+        chunks = listed(itertools.islice(_found(chunks), source.limit), min(ROWS, source.limit))
+    digest = files_digest(entry.files)
+    if entry.note:
+        digest = hashlib.sha256(f"{digest}\n{entry.note}".encode()).hexdigest()
+    naming = replace(entry.naming, columns={**(entry.naming.columns or {}), **(source.columns or {})})
+    return _Opened(digest, sum(file.fs.size(file.path) or 0 for file in entry.files), chunks, naming)
 
 
-def _recognised(source: Source, chunks: Iterator[Chunk]) -> tuple[str, Iterator[Chunk], Callable[[Chunk], Read]]:
+def _found(chunks: Iterable[Chunk]) -> Iterator[Found]:
+    return (found for chunk in chunks for found in chunk.records())
+
+
+def _recognised(source: Source, opened: _Opened) -> tuple[str, Iterator[Chunk], Callable[[Chunk], Read]]:
     """The shape of a source, all its chunks, and what makes rows of one."""
+    sample, bad, chunks = _sampled(opened.chunks)
+    _check_patience(source, sample, bad)
+    work = partial(rows_of_chunk, source.name, opened.naming, source.id)
+    if not sample:
+        return "none", chunks, partial(work, None)
+    _check_columns(source, sample)
+    wanted = source.shape
+    if wanted in TREES or (wanted == "auto" and is_tree(sample[0])):
+        tree = "tree" if wanted == "auto" else wanted
+        drawn, bad, chunks = _sampled(listed(conversations(_found(chunks), tree)))
+        if not drawn:
+            return tree, chunks, partial(work, None)
+        raw = pickle.dumps((TREES[tree], drawn, source.name))
+        return tree, chunks, partial(rows_of_chunk, source.name, OURS, source.id, raw)
+    named = [opened.naming.renamed(fields) for fields in sample]
+    shape = recognise(wanted, named, source.name).name
+    return shape, chunks, partial(work, pickle.dumps((shape, named, source.name)))
+
+
+def _sampled(chunks: Iterator[Chunk]) -> tuple[list[dict[str, Any]], list[Unreadable], Iterator[Chunk]]:
+    """Readable records from the beginning, enough to tell the shape, what was unreadable among them, and all chunks."""
     head: list[Chunk] = []
     sample: list[dict[str, Any]] = []
     bad: list[Unreadable] = []
@@ -176,21 +220,17 @@ def _recognised(source: Source, chunks: Iterator[Chunk]) -> tuple[str, Iterator[
             bad.append(item)
         if len(sample) == _SAMPLE or (not sample and len(bad) == _PATIENCE):
             break
+    return sample, bad, itertools.chain(head, chunks)
+
+
+def _check_patience(source: Source, sample: list[dict[str, Any]], bad: list[Unreadable]) -> None:
     if not sample and len(bad) == _PATIENCE:
         raise HouseError(
             f"source {source.name}: the first {_PATIENCE} records of {source.path} are unreadable; "
             f"line {bad[0].line} of {bad[0].file}: {bad[0].error}"
         )
-    every = itertools.chain(head, chunks)
-    if not sample and bad:
-        return "none", every, partial(rows_of_chunk, source.name, source.columns, source.id, None)
-    if not sample:
+    if not sample and not bad:
         raise HouseError(f"source {source.name}: {source.path} is empty: no row in it")
-    _check_columns(source, sample)
-    named = [renamed(fields, source.columns) for fields in sample]
-    shape = recognise(source.shape, named, source.name).name
-    raw = pickle.dumps((shape, named, source.name))
-    return shape, every, partial(rows_of_chunk, source.name, source.columns, source.id, raw)
 
 
 def _records(chunks: Iterator[Chunk], drawn: list[Chunk]) -> Iterator[Record | Unreadable]:

@@ -201,11 +201,6 @@ def test_equal_answers_are_readable(data: Path) -> None:
     assert sum(not isinstance(row, Unreadable) and row["chosen"] == row["rejected"] for row in rows) == 12
 
 
-def test_message_trees_are_no_documents(data: Path) -> None:
-    with pytest.raises(HouseError, match="message_tree_id, message_id, parent_id"):
-        list(iter_rows(Source("oasst", str(data / "oasst_en_100_trees.parquet"), "Apache-2.0")))
-
-
 def test_columns_by_name(data: Path) -> None:
     columns = {"prompt": "instructions", "completion": "example_solution"}
     rows = list(iter_rows(Source("e", str(data / "exercism_python.parquet"), "MIT", columns=columns, id="slug")))
