@@ -349,7 +349,7 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, drafts: Sequence[_Draft]) -> l
     bytes of one character repeat it); its weight is the largest among them."""
     if not drafts:
         return []
-    inner: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    inner: Any = tokenizer.backend_tokenizer
     inner.no_truncation()
     inner.no_padding()
     found = []
@@ -377,7 +377,7 @@ def _covered(encoded: Any, count: int, start: int, end: int) -> slice:
             return 0
         if token == count:
             return sys.maxsize
-        return min(encoded.token_to_chars(token)[0], encoded.token_to_chars(token - 1)[1])
+        return int(min(encoded.token_to_chars(token)[0], encoded.token_to_chars(token - 1)[1]))
 
     tokens = range(count)
     first = bisect_left(tokens, True, key=lambda token: begins(token) >= start or begins(token + 1) > start)

@@ -8,7 +8,7 @@ else a template does to them makes it no plain template, and it is then rendered
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 from jinja2 import Template as Jinja
 from jinja2 import nodes
@@ -38,7 +38,7 @@ class _Seen(BaseException):
     """The template looked into a content. No Exception: Jinja's own tests swallow those."""
 
 
-def _refuse(*_: Any, **__: Any) -> Any:
+def _refuse(*_: Any, **__: Any) -> NoReturn:
     raise _Seen
 
 
@@ -85,13 +85,13 @@ class _Content(_Text):
 
     def _lacks(self, test: str, part: object) -> bool:
         if type(part) is not str:
-            return _refuse()
+            _refuse()
         self.run.guards.append((self.turn, self.steps, test, part))
         return False
 
     def _stripped(self, how: str, chars: Any) -> "_Content":
         if chars is not None and type(chars) is not str:
-            return _refuse()
+            _refuse()
         return self.run.content(self.turn, (*self.steps, (how, () if chars is None else (chars,))))
 
 
