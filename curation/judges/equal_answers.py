@@ -5,8 +5,9 @@ from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
-from ..steps import Unmeasured, verdicts
-from ..text import normal
+from ..flags import flagged
+from ..steps import Unmeasured
+from ..text import VIEW_COLUMNS, normal
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,29 @@ class EqualAnswers(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""
-        pairs = zip(rows["chosen"].to_pylist(), rows["rejected"].to_pylist(), strict=True)
-        return verdicts([a is None or b is None or not _equal(a, b) for a, b in pairs], "equal_answers")
+        found: dict[int, tuple[str, None]] = {}
+        start = 0
+        for batch in rows.select(VIEW_COLUMNS).to_batches():
+            look = _alike(batch)
+            pairs = batch.select(["chosen", "rejected"]).take(pa.array(look)).to_pylist()
+            for row, pair in zip(look.tolist(), pairs, strict=True):
+                if _equal(pair["chosen"], pair["rejected"]):
+                    found[start + row] = "equal_answers", None
+            start += batch.num_rows
+        return flagged(rows.num_rows, found)
+
+
+def _alike(batch: pa.RecordBatch) -> Any:
+    """Rows whose two answers have contents of one normal form: what `_equal` has to look at."""
+    from ..normal_digests import normal_digests
+
+    both = (batch["chosen"].is_valid().to_numpy(False) & batch["rejected"].is_valid().to_numpy(False)).nonzero()[0]
+    if not len(both):
+        return both
+    pairs = batch.take(pa.array(both))
+    other = pairs.set_column(pairs.schema.get_field_index("chosen"), "chosen", pairs["rejected"])
+    keys = [normal_digests(side, "response")[0] for side in (pairs, other)]
+    return both[(keys[0] == keys[1]).all(axis=1)]
 
 
 def _equal(chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> bool:

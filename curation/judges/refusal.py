@@ -4,10 +4,13 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from ..steps import Unmeasured, verdicts
-from ..text import VIEW_COLUMNS, prompt_of, response_of
+from ..flags import flagged
+from ..steps import Unmeasured
+from .requests import known_classes
 
 # Every pattern is anchored at the response's first character: "I'm sorry" inside a story, a letter or a quotation is no
 # refusal. Apostrophes are straight and white space is single by then; case does not matter.
@@ -76,6 +79,12 @@ _RULES = (
     (_compiled(_DECLINES), _DRAFT),
 )
 _HEAD = 320  # characters of the response that are looked at; of a long prompt, as many at either end
+# What RE2 looks for before Python looks closely: a word of each rule that no match can be without.
+_LOOK = (
+    r"(?i)\bcan.?t\b|cannot|\bcan[^!-~]+not|couldn|\bwon.?t\b|will[^!-~]+not|unable|not[^!-~]+(?:currently[^!-~]+)?(?:able"
+    r"|going|allowed|programmed|comfortable|capable)|sorry|afraid|apolog|unfortunately|\ba\.?i\b|artificial|language"
+    r"|\bllm|bot\b|virtual|\bgpt|model"
+)
 
 
 @dataclass(frozen=True)
@@ -94,11 +103,17 @@ class Refusal(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`. A raw document is kept."""
-        found = [
-            None if row["text"] is not None else refusal(prompt_of(row), response_of(row))
-            for row in rows.select(VIEW_COLUMNS).to_pylist()
-        ]
-        return verdicts([proof is None for proof in found], "refusal", evidence=found)
+        from ..texts import at, matching, texts
+
+        prompts, responses = texts(rows, "prompt"), texts(rows, "response")
+        likely = matching(pc.utf8_slice_codeunits(responses, 0, _HEAD), _LOOK) & ~rows["text"].is_valid().to_numpy()
+        look = np.flatnonzero(likely)
+        found = {}
+        for row, prompt, response in zip(look.tolist(), at(prompts, look), at(responses, look), strict=True):
+            proof = refusal(prompt, response)
+            if proof is not None:
+                found[row] = "refusal", proof
+        return flagged(rows.num_rows, found)
 
 
 def refusal(prompt: str, response: str) -> dict[str, str] | None:
@@ -109,4 +124,70 @@ def refusal(prompt: str, response: str) -> dict[str, str] | None:
             match = pattern.match(head)
             if match and not (excuse and excuse.search(prompt[:_HEAD] + " " + prompt[-_HEAD:])):
                 return {"matched": match[0], "rule": name}
+    return None
+
+
+_BOILERPLATE: dict[str, str] = {  # English; matched from the response's first word, anywhere, or in its last words
+    "opening": r"\A\W*(?:sure(?: thing)?|certainly|absolutely|of course|definitely|great question|good question|no problem"
+    r"|okay|i(?:'d| would) be (?:happy|glad|delighted) to)\b[^\n.!?:]{0,20}(?:[,!.:]|-|—|\bto\b|\bhelp\b)[^\n]{0,20}?"
+    r"(?:\b(?:here(?:'s| is| are)|let me|let's|i(?:'d| would) be|i(?:'ll| will| can)|below (?:is|are)|help(?: you)?)\b)",
+    "as_an_ai": rf"\b(?:as an? {_AI}(?:,| (?=i\b)).{{0,60}}?\b(?:i|my|me)\b|my (?:training data|knowledge cut-?off)\b"
+    r"|(?:created|trained|developed) by openai\b|i am chatgpt\b)",
+    "closing": r"(?:\bi? ?hope (?:this|that|it|these)(?: \w+){0,2} (?:helps?|useful|helpful|answers)\b"
+    r"|\blet me know (?:if|how|what) (?:you|there|i)\b|\bfeel free to (?:ask|reach out|let me)\b"
+    r"|\b(?:if you have|do you have) any (?:other|more|further|additional|questions)\b"
+    r"|\b(?:is there )?anything else (?:i can|you(?:'d| would) like|you need)\b|\bdon't hesitate to\b)[^\n]{0,100}\W*\Z",
+}
+BOILERPLATE = tuple(_BOILERPLATE)
+_BOILERPLATE_RULES = _compiled(_BOILERPLATE)
+_TAIL = 240  # characters of the response in which a closing is looked for
+_LOOK_BOILERPLATE = (
+    r"(?i)^[^a-z]*(?:sure|certainly|absolutely|of course|definitely|great question|good question|no problem|okay|i.d be|i would"
+    r" be)|\bas[^!-~]an? |training data|knowledge cut|openai|chatgpt|\bhope |let me know|feel free|if you have|do you have"
+    r"|anything else|hesitate"
+)
+
+
+@dataclass(frozen=True)
+class Boilerplate(Unmeasured):
+    """Drops rows whose response carries an assistant's phrases, which teach a manner and no matter, in English.
+
+    classes (default all; each is a reason): opening ("Sure! Here is", "I'd be happy to help"), as_an_ai ("As an AI
+    language model, I" anywhere), closing ("I hope this helps", "Let me know if you have any questions" in the last 240
+    characters). Kept where the prompt asks for such words (a letter, a dialogue) or, for as_an_ai, about machines. Of a
+    preference row `chosen` is judged; a raw document is kept. Evidence: {matched}. Answers of today's assistants open so
+    by the thousand: look at the funnel before you drop them.
+    """
+
+    classes: tuple[str, ...] = BOILERPLATE
+
+    scope: ClassVar[Literal["row"]] = "row"
+
+    def __post_init__(self) -> None:
+        known_classes(self, self.classes, BOILERPLATE)
+
+    def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
+        """Verdicts, aligned with `rows`."""
+        from ..texts import at, matching, texts
+
+        prompts, responses = texts(rows, "prompt"), texts(rows, "response")
+        look = np.flatnonzero(matching(responses, _LOOK_BOILERPLATE) & ~rows["text"].is_valid().to_numpy())
+        found = {}
+        for row, prompt, response in zip(look.tolist(), at(prompts, look), at(responses, look), strict=True):
+            one = boilerplate(prompt, response, self.classes)
+            if one is not None:
+                found[row] = one[0], {"matched": one[1]}
+        return flagged(rows.num_rows, found)
+
+
+def boilerplate(prompt: str, response: str, classes: tuple[str, ...] = BOILERPLATE) -> tuple[str, str] | None:
+    """The first of `classes` whose phrases the response has, and the phrase, or None."""
+    asked = prompt[:_HEAD] + " " + prompt[-_HEAD:]
+    plain = response.replace("’", "'")
+    for name in classes:
+        excuse = _MACHINE if name == "as_an_ai" else _DRAFT
+        text = plain[-_TAIL:] if name == "closing" else plain
+        match = _BOILERPLATE_RULES[name].search(text)
+        if match and not excuse.search(asked):
+            return name, " ".join(match[0].split())[:200]
     return None
