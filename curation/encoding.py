@@ -11,6 +11,7 @@ _READ_AS = (
 # marks within text, U+FFFC and the replacement character.
 CONTROLS = r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\x{206a}-\x{206f}\x{feff}\x{fff9}-\x{fffd}]"
 _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\u206a-\u206f\ufeff\ufff9-\ufffd]")
+_NEAR = re.compile(r"[\x00-\x7f]{0,4}[^\x00-\x7f]+(?:[\x00-\x7f]{1,8}[^\x00-\x7f]+)*[\x00-\x7f]{0,4}")
 _ENTITY = r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);"
 _CURLED = "[‘’‚‛“”„‟ʼ]"
 
@@ -36,6 +37,8 @@ def repaired(text: str, unescape_html: bool = False, uncurl_quotes: bool = False
     ends stay."""
     import ftfy
 
+    if not (unescape_html or uncurl_quotes or damage(text)):  # ftfy looks no further at a text without badness either
+        return text
     config = ftfy.TextFixerConfig(
         unescape_html=unescape_html,
         uncurl_quotes=uncurl_quotes,
@@ -50,6 +53,12 @@ def repaired(text: str, unescape_html: bool = False, uncurl_quotes: bool = False
 
 def damage(text: str) -> int:
     """How many characters no text means, and how many sequences of characters that only a wrong encoding makes."""
+    return len(_CONTROL.findall(text)) + _unlikely(_CONTROL.sub("", text))
+
+
+def _unlikely(text: str) -> int:
+    """ftfy's badness, of the neighbourhoods of what is not ASCII: its patterns reach no further than three characters,
+    and it takes 1 µs a character."""
     from ftfy.badness import badness
 
-    return len(_CONTROL.findall(text)) + badness(_CONTROL.sub("", text))
+    return badness("\n\n".join(_NEAR.findall(text)))

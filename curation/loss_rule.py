@@ -37,7 +37,8 @@ THIRD = (
 
 def fit_rule(runs: Sequence[Mapping[str, float]], indicators: Sequence[str], loss: str = "loss") -> Rule:
     """The rule that fits `runs` best: each one the means of the indicators over the data it tuned on, and its
-    evaluation loss. A HouseError where there are too few runs, a number is missing, or the indicators do not vary independently."""
+    evaluation loss. A HouseError where there are too few runs, a number is missing, or the indicators do not vary
+    independently."""
     names = list(indicators)
     missing = sorted({name for run in runs for name in (*names, loss) if not np.isfinite(run.get(name, np.nan))})
     if missing:

@@ -121,9 +121,10 @@ def _quality(data, offsets, table, stops, found):  # type: ignore[no-untyped-def
                     counts[1] += meant
                     counts[2] += size if meant else 0
                     counts[8] += alpha
-                    for k in range(len(stops)):
-                        if fold == stops[k]:
-                            seen |= 1 << k
+                    if size < 9:  # four letters, and signs around them
+                        for k in range(len(stops)):
+                            if fold == stops[k]:
+                                seen |= 1 << k
                 size, meant, alpha, fold, stopped = 0, False, False, _FNV_START, False
                 run = 0
             else:
@@ -190,6 +191,8 @@ def _repetition(data, offsets, table, hashes, lengths, slots, counts, firsts, st
                 found[row, 5 + n] = _commonest(hashes, lengths, words, n, slots, counts, firsts, stamps, stamp)
             else:
                 found[row, 5 + n] = _repeated(hashes, lengths, words, n, slots, stamps, stamp)
+            if found[row, 5 + n] == 0:  # no n-gram comes twice, so no longer one does
+                break
 
 
 @compiled

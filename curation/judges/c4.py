@@ -50,7 +50,8 @@ class C4Quality(Unmeasured):
         for row in np.flatnonzero(matching(said, "(?i)lorem ipsum")).tolist():
             fates.setdefault(row, ("lorem_ipsum", None))
         for pattern in (_CITATION, _BOILERPLATE):
-            said = pc.replace_substring_regex(said, pattern, "")
+            hit = pa.array(matching(said, pattern))
+            said = pc.replace_with_mask(said, hit, pc.replace_substring_regex(said.filter(hit), pattern, ""))
         counts = sentences(said, self.words, self.longest)
         for row in np.flatnonzero(counts < self.sentences).tolist():
             proof = {"sentences": int(counts[row]), "limit": self.sentences}

@@ -33,7 +33,7 @@ class Indicators:
         from ..lexical import mtld
         from ..shingles import shingle_sets
 
-        prompt, response = (shingle_sets(rows, view, 1) for view in ("prompt", "response"))  # type: ignore[arg-type]
+        prompt, response = shingle_sets(rows, "prompt", 1), shingle_sets(rows, "response", 1)
         found = mtld(response.hashes, response.offsets)
         progress(rows.num_rows, rows.num_rows)
         lengths = {"input_length": prompt.words.astype(np.int32), "output_length": response.words.astype(np.int32)}
