@@ -6,7 +6,9 @@ natively. A static model is a table lookup (static.py). Every other model runs t
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from ..curation.door import Embedder, Progress
 from ..curation.folder import HouseError
 from .encoder import Encoder, load_encoder, pooled, states
 from .models import check_model, model_digest, no_bars
+from .wordpiece import WordPieces, special_ends
 
-WINDOW = 16_384  # texts tokenised, sorted and packed together
+WINDOW = 4096  # texts tokenised, sorted and packed together
 TOKENS = {"cpu": 1024, "cuda": 65_536}  # of one batch: on a CPU its widest states stay in the cache
 
 Vectors = NDArray[np.float32]
@@ -45,13 +48,15 @@ def load_embedder(folder: Path, *, dtype: str = "auto", device: str | None = Non
     pooling = simple_pooling(folder)
     try:
         found = None if pooling is None else _encoder(folder, dtype, device)
-        if found is None or pooling is None:
-            return SentenceEmbedder(folder, device)
-        return EncoderEmbedder(folder, found, pooling, dtype)
+        other = SentenceEmbedder(folder, device) if found is None else None
     except (HouseError, MemoryError):
         raise
     except Exception as error:  # transformers lets through whatever safetensors, json and its own checks raise
         raise HouseError(f"{folder} holds no embedding model that can be loaded: {error}") from error
+    if found is None or pooling is None:
+        assert other is not None
+        return other
+    return EncoderEmbedder(folder, found, pooling, dtype)
 
 
 def _encoder(folder: Path, dtype: str, device: str) -> Encoder | None:
@@ -109,9 +114,10 @@ class EncoderEmbedder:
         """folder: of the tokenizer and its settings. dtype: as in load_embedder, the encoder being on its device."""
         self.digest = model_digest(folder)
         self.dims = encoder.dims
-        self._tokenise = Tokenise(folder, encoder.longest)
+        self.tokenise = Tokenise(folder, encoder.longest)
         self.dtype, self._forward = choose(encoder, pooling, dtype)
         self._tokens = TOKENS["cuda" if encoder.words.is_cuda else "cpu"]
+        self._each = in_threads if self.dtype == "int8" else map
 
     def embed(self, texts: Sequence[str], progress: Progress | None = None) -> Vectors:
         """Shape (len(texts), dims), each of unit length."""
@@ -120,46 +126,70 @@ class EncoderEmbedder:
         found = np.zeros((len(said), self.dims), np.float32)
         for start in range(0, len(said), WINDOW):
             window = said[start : start + WINDOW]
-            ids = self._tokenise(window)
-            order = np.argsort([len(text) for text in ids], kind="stable")
-            for places in batches(np.array([len(ids[i]) for i in order]), self._tokens):
-                mine = order[places]
-                found[start + mine] = unit(self._forward([ids[i] for i in mine]))
-                if progress is not None:
-                    progress((start + places.stop) * len(texts) // len(said), len(texts))
+            found[start : start + len(window)] = unit(self.pooled(self.tokenise(window)))
+            if progress is not None:
+                progress((start + len(window)) * len(texts) // len(said), len(texts))
         return found[np.array([distinct[text] for text in texts], np.int64)]
+
+    def pooled(self, ids: Sequence[NDArray[np.int32]]) -> Vectors:
+        """One pooled vector for each sequence of token ids, as it leaves the model."""
+        order = np.argsort([len(text) for text in ids], kind="stable")
+        cuts = list(batches(np.array([len(ids[i]) for i in order]), self._tokens))
+        made = self._each(self._forward, ([ids[i] for i in order[places]] for places in cuts))
+        found = np.zeros((len(ids), self.dims), np.float32)
+        for places, vectors in zip(cuts, made, strict=True):
+            found[order[places]] = vectors
+        return found
 
 
 class Tokenise:
-    """Texts -> token ids as sentence-transformers would make them, special tokens included, cut at the model's limit."""
+    """Texts -> token ids as sentence-transformers makes them: special tokens included, cut at the model's limit."""
 
     def __init__(self, folder: Path, longest: int) -> None:
         home = next((folder / m["path"] for m in modules(folder) if m["type"].endswith("Transformer")), folder)
         settings = _json(home / "sentence_bert_config.json")
         tokenizer: Any = AutoTokenizer.from_pretrained(home, local_files_only=True)
         limit = settings.get("max_seq_length") or min(longest, tokenizer.model_max_length)
-        self._inner = tokenizer.backend_tokenizer
-        self._inner.no_padding()
-        self._inner.enable_truncation(min(limit, longest))
+        self.inner = tokenizer.backend_tokenizer
+        self.inner.no_padding()
+        self.inner.no_truncation()
+        self.before, self.after = special_ends(self.inner)
+        self._room = min(limit, longest) - len(self.before) - len(self.after)
+        self._ids = WordPieces(self.inner)
         self._lower = bool(settings.get("do_lower_case"))
 
     def __call__(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        said = [text.lower() for text in texts] if self._lower else list(texts)
-        return [np.array(each.ids, np.int32) for each in self._inner.encode_batch_fast(said)]
+        found = self._ids([text.lower() for text in texts] if self._lower else texts)
+        return [np.array([*self.before, *ids[: self._room], *self.after], np.int32) for ids in found]
 
 
 def choose(encoder: Encoder, pooling: str, dtype: str) -> tuple[str, Forward]:
-    """(the arithmetic's name, the forward) for this encoder on its device."""
+    """(the arithmetic's name, the forward) for this encoder on its device. HouseError for one that is not there."""
+    if encoder.words.is_cuda and dtype == "int8" or dtype not in ("auto", "fp32", "fp16", "int8"):
+        raise HouseError(f"dtype {dtype!r}: an embedding model runs in auto, fp32, fp16 (CUDA) or int8 (CPU)")
     if encoder.words.is_cuda:
         name = "fp16" if encoder.words.dtype == torch.float16 else "fp32"
     else:
-        name = "fp32" if dtype == "auto" else dtype
+        from .encoder_int8 import Int8Encoder, native
+
+        name = "int8" if dtype == "int8" or (dtype == "auto" and native()) else "fp32"
+    inner = Int8Encoder(encoder).states if name == "int8" else partial(states, encoder)
 
     def forward(texts: Sequence[NDArray[np.int32]]) -> Vectors:
         with torch.inference_mode():
-            return pooled(*states(encoder, texts), pooling)
+            return pooled(*inner(texts), pooling)
 
     return name, forward
+
+
+def in_threads(work: Forward, items: Iterable[Sequence[NDArray[np.int32]]]) -> Iterator[Vectors]:
+    """`work` on each item, in order; every thread of torch's takes whole items, so that none waits for another."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(work, items)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def batches(lengths: NDArray[np.int64], tokens: int) -> Iterator[slice]:

@@ -140,7 +140,7 @@ def states(
     device = encoder.words.device
     hidden = encoder.embedded(torch.from_numpy(ids).to(device), torch.from_numpy(positions).to(device))
     for number, layer in enumerate(encoder.layers):
-        context = _attention(layer.qkv(hidden), lengths, encoder.heads)
+        context = attention(layer.qkv(hidden), lengths, encoder.heads)
         middle = layer.norm(layer.out(context) + hidden)
         wide = F.gelu(layer.up(middle))
         if watch is not None:
@@ -150,7 +150,7 @@ def states(
     return hidden, lengths
 
 
-def _attention(qkv: Tensor, lengths: NDArray[np.int64], heads: int) -> Tensor:
+def attention(qkv: Tensor, lengths: NDArray[np.int64], heads: int) -> Tensor:
     """(T, dims) from fused queries, keys and values (T, 3 dims); one call for each run of equal lengths."""
     dims = qkv.shape[1] // 3
     found = qkv.new_empty(len(qkv), dims)
