@@ -29,7 +29,8 @@ _SALT = np.uint64(0x9E3779B97F4A7C15)
 class Table(NamedTuple):
     """The evaluation fields as the kernel reads them. words: hashes of the fields' words one after another; field_of:
     the field of each; used[k]: whether fields are looked for by k-grams; places of n-gram s are order[first[s]:first[s
-    + 1]], ascending; slots: an open-addressed table of n-grams; present: a filter by the hashes' top bits, two bits of one of its words for each n-gram."""
+    + 1]], ascending; slots: an open-addressed table of n-grams; present: a filter, two bits of one of its words (which
+    the hash's top bits name) for each n-gram."""
 
     words: Hashes
     field_of: Ints

@@ -45,8 +45,9 @@ class Decontaminate(Unmeasured):
     its words that lie in n-grams found in the one training row; an item by its prompt, or, where that is more, by the
     mean of prompt and answer; a row with an item covered above `coverage` is dropped (1: rule off). overlap: a row that
     shares so many words in sequence with an item is dropped too (0: rule off). view: the side of the training rows that
-    is looked at. level: row, or source: where rows of a source are dropped for more than `source_share` of the items of
-    a set, the whole source is dropped.
+    is looked at. level: row, or source: where the rows of a source cover more than `source_share` of the items of a set
+    above `coverage`, the whole source is dropped (with the coverage rule off: share `overlap` words with them. Idioms
+    of code share 13 words with many items, so that this rule alone would cost whole sources of code).
 
     An answer counts from 13 words on, and so does a question without its options, or one of several turns. A field
     shorter than n words matches as a whole; below 4 words only where it is a whole turn. Score: the highest coverage of
@@ -167,9 +168,8 @@ class Decontaminate(Unmeasured):
         """Evidence of each source that goes as a whole: the set of which it holds the largest share."""
         if tops is None:
             return {}
-        hit = (tops["coverage"].to_numpy() > self.coverage) | (
-            (tops["words"].to_numpy() >= self.overlap) & (self.overlap > 0)
-        )
+        by_words = (tops["words"].to_numpy() >= self.overlap) & (self.overlap > 0) & (self.coverage == 1)
+        hit = (tops["coverage"].to_numpy() > self.coverage) | by_words
         held: dict[str, dict[str, int]] = {}
         for source, item in zip(
             tops["source"].filter(hit).to_pylist(), tops["item"].filter(hit).to_pylist(), strict=True

@@ -21,7 +21,7 @@ class Cap(Unmeasured):
     """Keeps at most so many rows of each source or task (OPT-IML, arXiv 2212.12017; T5, arXiv 1910.10683).
 
     most: rows of each group, or a mapping of groups to rows (groups that it does not name are not capped). by: source,
-    maker, or a key of the rows' `meta`, such as task; rows without it are one group, named "". Which rows stay is drawn
+    maker, or a key of the rows' `meta`, such as task; rows without it are not capped. Which rows stay is drawn
     by a hash of (`seed`, row_id). Reason: over_cap. Evidence of the dropped rows: {group, cap, rank}, the rank in the
     draw, above the cap. Holds some 60 bytes a row.
     """
@@ -43,7 +43,7 @@ class Cap(Unmeasured):
             _warn_unknown(self, self.most, names)
             cap = np.array([self.most.get(name, len(rows)) for name in names], np.int64)
         else:
-            cap = np.full(len(names), self.most)
+            cap = np.array([self.most if name else len(rows) for name in names], np.int64)
         rank = ranks(shuffled(rows.keys, self.seed, rows.open), group)
         keep = rank <= cap[group]
         return _dropped(rows, keep, "over_cap", {"group": _of(names, group), "cap": cap[group], "rank": rank})
@@ -57,8 +57,9 @@ class Mixture:
     weights: a mapping of groups to numbers (groups that it does not name go), proportional (to the rows of the group)
     or equal. temperature: a group's share is its weight^(1 / temperature) over their sum: 1 leaves the weights as they
     are, a high one makes them equal. cap: for proportional, no group counts for more rows (T5's K). by: source, maker,
-    or a key of the rows' `meta`, such as task. budget: rows; null: the most that these shares allow before the first
-    group runs dry. unit: rows, words or tokens; tokens: the measure that counts them.
+    or a key of the rows' `meta`, such as task (rows without it are a group named ""). budget: rows; null: the most that
+    these shares allow before the first group runs dry. unit: rows, words or tokens; tokens: the measure that counts
+    them.
 
     Shares are rounded by largest remainders. Where a group runs dry its quota goes to the others; no row is taken
     twice. Rows are drawn by a hash of (`seed`, row_id). Reasons: not_selected; not_scorable where a row's tokens are
@@ -217,9 +218,10 @@ class SourceAblation:
                 f"{self}: at equal budgets each subset of these {len(names)} groups can spend {most} {self.unit}, "
                 f"not {budget}. Lower the budget"
             )
-        taken = np.array([name == self.only if self.only is not None else name != self.without for name in names])
+        wanted = [name == self.only if self.only is not None else name != self.without for name in names]
+        taken = np.array([*wanted, False])
         shut = np.where(rows.open, group, len(names))  # rows of unknown cost are of no group
-        keep, rank, quota = subset(rows.keys, shut, rows.costs, np.append(taken, False), budget, self.seed)
+        keep, rank, quota = subset(rows.keys, shut, rows.costs, taken, budget, self.seed)
         return selected(rows, keep, {"group": _of(names, group), "quota": quota[group], "rank": rank})
 
 

@@ -359,6 +359,12 @@ def test_whole_sources_go(evaluation: Write, make_row: Make) -> None:
     assert again is not None and again.equals(strict.judge(Given(corpus.parts)))  # type: ignore[arg-type]
     assert again["reason"].to_pylist().count("contaminated_source") == 2
     assert strict.rejudge(Given(corpus.parts), corpus.kept, np.arange(15) > 0) is None  # type: ignore[arg-type]
+    idiom = make_row("four", 0, " ".join(f"z{k}" for k in range(13)), "yes")
+    long = evaluation(*({"prompt": idiom["messages"][0]["content"] + f" y{n}" * 20} for n in range(10)), name="l.jsonl")
+    for coverage, reason in ((0.5, None), (1.0, "contaminated_source")):  # idioms alone cost no source
+        judge = Decontaminate((long,), level="source", coverage=coverage)
+        other = judge.judge(Given([table([idiom, make_row("four", 1, "other", "yes")])]))  # type: ignore[arg-type]
+        assert other["reason"].to_pylist() == ["contaminated_ngram13", reason]
     rows_alone = Decontaminate((path,)).rejudge(Given(corpus.parts, readable=()), corpus.kept, np.ones(14, np.bool_))  # type: ignore[arg-type]
     assert rows_alone is not None and rows_alone.equals(Decontaminate((path,)).judge(Given(corpus.parts)))  # type: ignore[arg-type]
 
