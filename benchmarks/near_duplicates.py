@@ -61,8 +61,8 @@ NOTE = (
     "rows_per_s: by the median of all warm runs of three processes; Parquet parts in, Parquet verdicts and kept pairs"
     " out. cpu_s: processor seconds of all threads of a run, the median likewise. rensa and datasketch: Parquet in,"
     " Python word 5-grams, signatures, LSH query and insert; nothing is verified or written. datatrove: its four stages"
-    " (signatures, buckets, cluster, filter) by LocalPipelineExecutor, 14 bands of 8, SHA-1, JSON lines in and out. F1 is over"
-    " all pairs within planted families."
+    " (signatures, buckets, cluster, filter) by LocalPipelineExecutor, 14 bands of 8, SHA-1, JSON lines in and out."
+    " F1 is over all pairs within planted families."
 )
 SCALE = 300_000  # rows beyond which nothing is planted
 Text = tuple[str, str]

@@ -198,9 +198,10 @@ def _save(path: Path, pieces: Sequence[np.ndarray]) -> None:
         np.save(path, pieces[0], allow_pickle=False)
         return
     with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<u8", "fortran_order": False, "shape": pieces.shape})
+        header = {"descr": "<u8", "fortran_order": False, "shape": pieces.shape}
+        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
         for piece in pieces:
-            file.write(memoryview(np.ascontiguousarray(piece, "<u8")).cast("B"))
+            file.write(np.ascontiguousarray(piece, "<u8").data)
 
 
 def _release(home: Path) -> str:

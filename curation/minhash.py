@@ -68,7 +68,8 @@ def near_pairs(
     known, near, full = np.zeros(0, np.uint64), np.zeros(0), []
 
     def band(index: int) -> tuple[Hashes, Short, Short]:
-        return _buckets(keys[index][column], BUCKET, SPARE)
+        found: tuple[Hashes, Short, Short] = _buckets(keys[index][column], BUCKET, SPARE)
+        return found
 
     at_once = max(processors(), (1 << 22) // (len(first) + 1))  # bands whose candidates are held together
     for low in range(0, bands, at_once):

@@ -9,7 +9,7 @@ import numpy as np
 
 from .folder import HouseError
 
-LIMIT = 256 << 20  # bytes of one array in memory; at 1 million rows of 100 words shingles and band keys both exceed it
+LIMIT = 128 << 20  # bytes of one array in memory; shingles of some 160,000 rows of 100 words, band keys of 670,000
 
 
 class Spool:
@@ -26,7 +26,7 @@ class Spool:
         if self.file is None and end > len(self.held):
             self.file = _opened(self.path)
             self._write(self.held[: self.size])
-            self.held = self.held[:0]
+            self.held = np.empty(0, self.dtype)  # a slice would hold on to the memory
         if self.file is None:
             self.held[self.size : end] = piece
         else:
@@ -46,7 +46,7 @@ class Spool:
     def _write(self, piece: np.ndarray) -> None:
         assert self.file is not None
         try:
-            self.file.write(memoryview(np.ascontiguousarray(piece)).cast("B"))
+            self.file.write(np.ascontiguousarray(piece).data)  # tofile passes over a full disk
         except OSError as error:
             raise _no_room(self.path, self.size * self.dtype.itemsize + piece.nbytes, error) from error
 

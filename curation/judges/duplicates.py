@@ -133,7 +133,7 @@ class NearDuplicate(Unmeasured):
     least the floor; where it is below the threshold, {via, via_similarity}: the row through which this one is linked,
     following `via` from row to row ends at the survivor. Score: the similarity, else via_similarity. Results depend
     neither on the rows' order (but for `first`) nor on the number of processors. Holds some 60 bytes a row; shingles (8
-    bytes a word) and band keys (8 a band and row) beyond 256 MB each lie in files beside the run.
+    bytes a word) and band keys (8 a band and row) beyond 128 MB each lie in files beside the run.
     """
 
     threshold: float = 0.7
@@ -186,9 +186,9 @@ class NearDuplicate(Unmeasured):
         bands, width = self._bands()
         index = _index(self, corpus)
         pairs = near_pairs(shingles, self._floor(), bands, width, self.seed, corpus.scratch)
-        lengths = shingles.words
+        lengths = shingles.words.astype(np.int64)
         if shingles.row is not None:
-            lengths = np.bincount(shingles.row, shingles.words, len(places)).astype(np.int32)
+            lengths = np.bincount(shingles.row, shingles.words, len(places)).astype(np.int64)
         said = Said(len(places), pairs, shingles.row)
         if index is None:
             return _judged(self, corpus, said, lengths, places)
@@ -274,7 +274,7 @@ def _extend(corpus: Corpus, index: "Index", said: "Said", units: "Ints", arrays:
 
     home = getattr(corpus, "home", None)
     if home is not None:
-        rows = units if said.row is None else said.row[units]
+        rows = units if said.row is None else said.row[units].astype(np.int64)
         extend(index, home, row_ids(corpus.tables(["row_id"]), rows), arrays)
 
 
