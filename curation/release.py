@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .cards import card
+from .croissant import croissant
 from .folder import RunFolder, read_json
 from .ledger import State, ledger_digest, records
 from .shards import Tables, write_curated
@@ -40,7 +41,12 @@ def finish(folder: RunFolder, plan: SetPlan, release: Mapping[str, Any]) -> dict
         "funnel": [{name: record[name] for name in fields} for record in records(folder, plan.name)],
         "ledger_digest": ledger,
     }
-    return write_curated(home, plan.kind, splits, manifest, lambda whole: {"README.md": card(whole)})
+    return write_curated(home, plan.kind, splits, manifest, _beside)
+
+
+def _beside(whole: Mapping[str, Any]) -> dict[str, str]:
+    """The files that tell people and machines what a curated folder holds."""
+    return {"README.md": card(whole), "croissant.json": croissant(whole, whole["columns"])}
 
 
 def _whence(state: State, held_out: Callable[[Sequence[str]], Iterator[pa.Table]]) -> Iterator[pa.Table]:

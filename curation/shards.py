@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .folder import HouseError, read_json, whole_folder, write_json
-from .rows import MESSAGE
+from .rows import MESSAGE, ROW
 
 Kind = Literal["sft", "preference", "kto", "text"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -77,8 +77,8 @@ def write_curated(
     manifest: Mapping[str, Any],
     extra: Callable[[Mapping[str, Any]], Mapping[str, str]],
 ) -> dict[str, Any]:
-    """Writes shards, then the files (name -> text) that `extra` makes of the whole manifest, then the manifest:
-    `manifest` plus schema_version, kind, files and rows (of split train).
+    """Writes shards, then the files (name -> text) that `extra` makes of the whole manifest and `columns` (the shards'
+    schema), then the manifest: `manifest` plus schema_version, kind, files and rows (of split train).
 
     splits: name -> tables of schema ROW, in order, or a function that gives them: they are read twice, and held one
     shard at a time. Equal rows give equal bytes, however they are parted among tables."""
@@ -96,7 +96,8 @@ def write_curated(
                 files.append({"path": name, "split": split, "rows": shard.num_rows, **_bytes(temporary / name)})
         rows = sum(int(str(file["rows"])) for file in files if file["split"] == "train")
         whole = {"schema_version": SCHEMA_VERSION, **manifest, "kind": kind, "files": files, "rows": rows}
-        for name, text in extra(whole).items():
+        columns = shard_table(ROW.empty_table(), kind, fields, optional).schema
+        for name, text in extra(whole | {"columns": columns}).items():
             (temporary / name).write_text(text, encoding="utf-8")
         write_json(temporary / "manifest.json", whole)
     return whole
