@@ -116,7 +116,7 @@ def subset(
     """(kept rows, rank in its group, quota of each group) of a draw that spends `budget` on the open groups in
     proportion to what they hold."""
     order = shuffled(keys, seed, open_groups[group])
-    held = np.bincount(group, weights=costs.astype(np.float64), minlength=len(open_groups))
+    held = np.asarray(np.bincount(group, weights=costs, minlength=len(open_groups)), np.float64)
     held[~open_groups] = 0.0
     return spend_in_groups(order, group, costs, held, budget)
 
