@@ -14,6 +14,7 @@ from ..curation.folder import HouseError, RunFolder
 from ..curation.ledger import State
 from ..curation.rows import digest as digest_of
 from ..curation.sift import SetPlan, full_steps, held_out_rows, state_before, step_name
+from ..tuning.hub import model_folder
 from .progress import Done, interrupts_wait
 from .recipe import Curate, Recipe, plain
 from .stages import nearest, steps_of
@@ -42,11 +43,14 @@ class Workshop:
         return name if stage is None else stage.model
 
     def base_folder(self, name: str) -> Path:
-        """The folder of the base model; a new one is keyed by what it is and what it learns from."""
+        """The folder of the base model; one that is made is keyed by what it is and what it learns from."""
         base = self.base(name)
         model = self.recipe.models[base]
         if model.path is not None:
-            return Path(model.path)
+            return model_folder(model.path)
+        if model.distil is not None:
+            key = digest_of("distil", self.digest(model.distil))
+            return self.folder.models / f"{base}-{key[:12]}"
         assert model.corpus is not None
         sources = [plain(self.recipe.source(source)) for source in self.recipe.sets()[model.corpus].sources]
         key = digest_of(repr(model.new), model.corpus, repr(sources))
@@ -65,15 +69,21 @@ class Workshop:
         return self.base_folder(name), out / "adapter"
 
     def make(self, name: str, progress: Progress) -> Done:
-        """Makes a new model, or finds it made."""
+        """Makes a new or distilled model, or finds it made."""
         home = self.base_folder(name)
         cached = (home / "config.json").is_file()
-        spec = self.recipe.models[self.base(name)].new
+        model = self.recipe.models[self.base(name)]
+        spec = model.new
         if not cached and spec is not None:
             with interrupts_wait():
                 from ..tuning.models import make_model
 
             make_model(home, spec, self._texts(name, spec.rows), progress)
+        elif not cached and model.distil is not None:
+            with interrupts_wait():
+                from ..tuning.static import distil
+
+            distil(self.base_folder(model.distil), home, progress=progress)
         return Done(str(home), cached)
 
     def _texts(self, name: str, limit: int) -> Iterator[Any]:

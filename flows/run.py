@@ -19,6 +19,7 @@ from ..curation.folder import LOCK, HouseError, RunFolder, read_json, sole, whol
 from ..curation.pool import INLINE, Pool, pool
 from ..curation.reading.source import read_source
 from ..curation.rows import digest as digest_of
+from ..tuning.hub import model_folder
 from .models import Workshop, set_plan
 from .progress import Done, Silent, interrupts_wait, timed
 from .recipe import Curate, Recipe, Source, Train, check, digest, dump
@@ -110,7 +111,10 @@ def start(recipe: Recipe, folder: RunFolder, previous: str | None = None) -> dic
     """Checks recipe and folder, stores the recipe, and returns started.json: `created` is the first start's time."""
     check(recipe)
     for name, model in recipe.models.items():
-        if model.path is not None and not (Path(model.path) / "config.json").is_file():
+        if model.path is None:
+            continue
+        here = model_folder(model.path)
+        if not any((here / mark).is_file() for mark in ("config.json", "modules.json")):
             raise HouseError(
                 f"model {name!r}: {model.path} holds no config.json; give a folder in Hugging Face's format"
             )
@@ -238,9 +242,9 @@ def _read_job(source: Source, folder: RunFolder, crew: Pool) -> Job:
 
 
 def shop_jobs(shop: Workshop, names: Iterable[str]) -> Iterator[Job]:
-    """A job for each new model among `names` (stages count as their base model)."""
+    """A job for each new or distilled model among `names` (stages count as their base model)."""
     for name in dict.fromkeys(shop.base(name) for name in names):
-        if shop.recipe.models[name].new is not None and name not in shop.announced:
+        if shop.recipe.models[name].path is None and name not in shop.announced:
             shop.announced.add(name)
             yield Job(f"make model {name}", partial(shop.make, name))
 

@@ -37,15 +37,18 @@ TRAINS_ON: dict[str, tuple[str, ...]] = {"sft": ("sft",), "dpo": ("preference",)
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the recipe: either a folder in Hugging Face's format, or one made on the spot.
+    """A model of the recipe: a folder in Hugging Face's format, one made on the spot, or one distilled from another.
 
-    path: the folder. new: what to make. corpus: the set whose rows a new model's tokenizer and weights are trained on:
-    those still live when the model is first needed (held-out rows never are).
+    path: the folder, or a name on the Hugging Face hub. new: what to make. corpus: the set whose rows a new model's
+    tokenizer and weights are trained on: those still live when the model is first needed (held-out rows never are).
+    distil: the model of the recipe (an encoder of the BERT family) that a static embedding model is distilled from
+    when it is first needed.
     """
 
     path: str | None = None
     new: NewModel | None = None
     corpus: str | None = None
+    distil: str | None = None
 
 
 @dataclass(frozen=True)
@@ -224,12 +227,17 @@ def _bad_sources(recipe: Recipe) -> Iterator[tuple[Path, str]]:
 def _bad_models(recipe: Recipe) -> Iterator[tuple[Path, str]]:
     for name, model in recipe.models.items():
         at: Path = ("models", name)
-        if (model.path is None) == (model.new is None):
-            yield at, f"model {name!r} has {'both' if model.path else 'neither'} `path` and `new`: give one of them"
+        kinds = [f"`{kind}`" for kind in ("path", "new", "distil") if getattr(model, kind) is not None]
+        if len(kinds) != 1:
+            said = f"both {' and '.join(kinds)}" if kinds else "none of `path`, `new` and `distil`"
+            yield at, f"model {name!r} has {said}: give one of them"
         elif model.new is not None and model.corpus is None:
             yield at, f"model {name!r} is new: name the set that it learns from, as `corpus`"
-        elif model.path is not None and model.corpus is not None:
-            yield (*at, "corpus"), f"model {name!r} is read from a folder: leave `corpus` out"
+        elif model.new is None and model.corpus is not None:
+            yield (*at, "corpus"), f"model {name!r} is not new and learns from no set: leave `corpus` out"
+        elif model.distil is not None and getattr(recipe.models.get(model.distil), "path", None) is None:
+            known = [other for other, found in recipe.models.items() if found.path is not None]
+            yield (*at, "distil"), f"{name!r} is distilled from a model that has a path; {nearest(model.distil, known)}"
         if model.corpus is not None and model.corpus not in recipe.sets():
             yield (*at, "corpus"), f"unknown set {model.corpus!r}; {nearest(model.corpus, list(recipe.sets()))}"
 

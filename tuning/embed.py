@@ -165,7 +165,7 @@ class Tokenise:
 
 def choose(encoder: Encoder, pooling: str, dtype: str) -> tuple[str, Forward]:
     """(the arithmetic's name, the forward) for this encoder on its device. HouseError for one that is not there."""
-    if encoder.words.is_cuda and dtype == "int8" or dtype not in ("auto", "fp32", "fp16", "int8"):
+    if (encoder.words.is_cuda and dtype == "int8") or dtype not in ("auto", "fp32", "fp16", "int8"):
         raise HouseError(f"dtype {dtype!r}: an embedding model runs in auto, fp32, fp16 (CUDA) or int8 (CPU)")
     if encoder.words.is_cuda:
         name = "fp16" if encoder.words.dtype == torch.float16 else "fp32"

@@ -58,9 +58,9 @@ class Int8Encoder:
         self._layers = [
             tuple(
                 _quantised(linear, ranges[number, name])
-                for name, linear in (("qkv", l.qkv), ("out", l.out), ("up", l.up), ("down", l.down))
+                for name, linear in (("qkv", layer.qkv), ("out", layer.out), ("up", layer.up), ("down", layer.down))
             )
-            for number, l in enumerate(encoder.layers)
+            for number, layer in enumerate(encoder.layers)
         ]
 
     def states(self, texts: Sequence[NDArray[np.int32]]) -> tuple[Tensor, NDArray[np.int64]]:
