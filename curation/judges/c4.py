@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..steps import Unmeasured
-from ..text import View
+from ..text import VIEW_COLUMNS, View
 
 _CITATION = r"\[\d*\]|\[edit\]|\[citation needed\]"
 _BOILERPLATE = (
@@ -36,6 +36,7 @@ class C4Quality(Unmeasured):
     view: View = "response"
 
     scope: ClassVar[Literal["row"]] = "row"
+    reads: ClassVar[tuple[str, ...]] = VIEW_COLUMNS
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from ..folder import HouseError
 from ..steps import Unmeasured
+from ..text import VIEW_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class EncodingDamage(Unmeasured):
     most: float = 0.001
 
     scope: ClassVar[Literal["row"]] = "row"
+    reads: ClassVar[tuple[str, ...]] = VIEW_COLUMNS
 
     def __post_init__(self) -> None:
         if not 0 <= self.most <= 1:

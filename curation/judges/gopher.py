@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..steps import Unmeasured
-from ..text import View
+from ..text import VIEW_COLUMNS, View
 
 _Rule = tuple[str, np.ndarray, float, bool]  # reason, values, limit, whether it is the highest that is kept
 
@@ -20,8 +20,8 @@ class GopherQuality(Unmeasured):
 
     low, high: words. short, long: mean length of a word. symbols: hashes, or ellipses, by words. bullets: share of
     lines that begin with - or •. open_lines: share of lines that end in an ellipsis. alphabetic: share of words with a
-    letter. stops: how many of the, be, to, of, and, that, have, with must occur. A word is a run without white space; those of
-    punctuation alone count neither towards low and high nor towards the mean length.
+    letter. stops: how many of the, be, to, of, and, that, have, with must occur. A word is a run without white space;
+    those of punctuation alone count neither towards low and high nor towards the mean length.
 
     Reasons: too_few_words, too_many_words, short_words, long_words, hashes, ellipses, bullets, open_lines,
     few_alphabetic, few_stop_words, the first that applies; evidence {value, limit}.
@@ -39,6 +39,7 @@ class GopherQuality(Unmeasured):
     view: View = "response"
 
     scope: ClassVar[Literal["row"]] = "row"
+    reads: ClassVar[tuple[str, ...]] = VIEW_COLUMNS
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""
@@ -86,6 +87,7 @@ class GopherRepetition(Unmeasured):
     view: View = "response"
 
     scope: ClassVar[Literal["row"]] = "row"
+    reads: ClassVar[tuple[str, ...]] = VIEW_COLUMNS
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""

@@ -35,6 +35,7 @@ class LanguageIs:
     file: str | None = None
 
     scope: ClassVar[Literal["row"]] = "row"
+    reads: ClassVar[tuple[str, ...]] = ()
     score: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:

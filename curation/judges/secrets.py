@@ -9,6 +9,7 @@ import pyarrow as pa
 from ..flags import flagged
 from ..folder import HouseError
 from ..steps import Unmeasured
+from ..text import VIEW_COLUMNS
 
 _SHOWN = 10  # hits in the evidence of one row
 
@@ -27,6 +28,7 @@ class Secrets(Unmeasured):
     without: tuple[str, ...] = ()
 
     scope: ClassVar[Literal["row"]] = "row"
+    reads: ClassVar[tuple[str, ...]] = VIEW_COLUMNS
 
     def __post_init__(self) -> None:
         _check(self.without, self)
@@ -52,6 +54,7 @@ class PersonalData(Unmeasured):
     without: tuple[str, ...] = ()
 
     scope: ClassVar[Literal["row"]] = "row"
+    reads: ClassVar[tuple[str, ...]] = VIEW_COLUMNS
 
     def __post_init__(self) -> None:
         _check(self.without, self)

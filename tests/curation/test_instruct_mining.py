@@ -167,4 +167,4 @@ def test_the_default_prefers_rows_apart_from_others(make_row: Make) -> None:
     assert dict(FIRST[1])["knn_6"] == dict(InstructMining(8).rule)["knn_6"]
     for wrong in ({"rule": (("nothing", 1.0),)}, {"rule": ()}, {"rule": (("mtld", 1.0), ("mtld", 2.0))}):
         with pytest.raises(HouseError):
-            InstructMining(8, **wrong)  # type: ignore[arg-type]
+            InstructMining(8, **wrong)

@@ -14,15 +14,19 @@ import pytest
 
 from gristmill.curation.contents import said
 from gristmill.curation.edits import Edit, edited, moved
-from gristmill.curation.folder import HouseError
+from gristmill.curation.folder import HouseError, RunFolder
+from gristmill.curation.judges.encoding_damage import EncodingDamage
 from gristmill.curation.judges.secrets import PersonalData, Secrets
 from gristmill.curation.makers.mask_secrets import MaskPersonalData
+from gristmill.curation.makers.repair_encoding import RepairEncoding
 from gristmill.curation.numbers_of_people import luhn
 from gristmill.curation.private import PERSONAL, RULES, SECRETS, first_look, hits, rules_of
 from gristmill.curation.reading.source import Source, iter_rows
 from gristmill.curation.rows import ROW, message, table
+from gristmill.curation.sift import SetPlan, advance, full_steps, state_before
 
 Make = Callable[..., dict[str, Any]]
+WriteSource = Callable[..., list[str]]
 WORD = string.ascii_letters + string.digits
 
 
@@ -41,14 +45,17 @@ def account(country: str, body: str) -> str:
     raise AssertionError(body)
 
 
+def fours(text: str, sign: str) -> str:
+    return sign.join(text[i : i + 4] for i in range(0, len(text), 4))
+
+
 def planted(kind: str, draw: random.Random) -> str:
     """A secret of a kind, drawn."""
     upper, digits = string.ascii_uppercase + "234567", string.digits
     mixed = "".join(some(draw, 1, string.ascii_letters) + some(draw, 1, digits) for _ in range(14))
     head = base64.urlsafe_b64encode(json.dumps({"alg": "HS256", "kid": some(draw, 6)}).encode()).decode().rstrip("=")
     body = base64.urlsafe_b64encode(json.dumps({"sub": some(draw, 9)}).encode()).decode().rstrip("=")
-    fours = lambda text, sign: sign.join(text[i : i + 4] for i in range(0, len(text), 4))  # noqa: E731
-    return {
+    kinds: dict[str, Callable[[], str]] = {
         "aws_access_key": lambda: "AKIA" + some(draw, 16, upper),
         "aws_secret_key": lambda: some(draw, 40, WORD + "/+"),
         "github_token": lambda: draw.choice(
@@ -105,7 +112,8 @@ def planted(kind: str, draw: random.Random) -> str:
                 f"2a02:26f0:{draw.randrange(1, 2**16):x}::{draw.randrange(1, 2**16):x}",
             ]
         ),
-    }[kind]()
+    }
+    return kinds[kind]()
 
 
 AROUND = {
@@ -129,7 +137,7 @@ def test_every_planted_one_is_found(kind: str) -> None:
         truths.append(truth)
     if kind == "us_ssn":  # neither counted up nor of one digit
         pairs = [(t, s) for t, s in zip(texts, truths, strict=True) if len(set(s)) > 4]
-        texts, truths = [list(side) for side in zip(*pairs, strict=True)]  # type: ignore[assignment]
+        texts, truths = [list(side) for side in zip(*pairs, strict=True)]
         assert len(texts) > 150
     for text, truth in zip(texts, truths, strict=True):
         found = [(hit.kind, text[hit.start : hit.end]) for hit in hits(text, rules_of([kind]))]
@@ -322,3 +330,23 @@ def test_real_sets_have_few_hits(data: Path) -> None:
         assert [pc.sum(pc.invert(one["keep"])).as_py() for one in found] <= list(truth), name
     notes = Secrets().judge(rows("docs_til"), pa.table({})).to_pylist()
     assert {row["reason"] for row in notes if not row["keep"]} == {"aws_access_key"}  # three that somebody published
+
+
+def test_a_set_loses_no_row_to_repairs_and_masks(folder: RunFolder, write_source: WriteSource, make_row: Make) -> None:
+    token = planted("npm_token", random.Random(1))
+    answers = ["Fine.", "Rue LÃ©opold", "Mail maria.tz@gmail.com", f"use {token}", "LÃ©a: +44 20 7946 0015"]
+    ids = write_source("a", [make_row("a", n, f"question {n}", answer) for n, answer in enumerate(answers)], 3)
+    steps = (RepairEncoding(), MaskPersonalData(without=SECRETS), Secrets(), PersonalData(), EncodingDamage(0.0))
+    plan = SetPlan("s", "sft", ("a",), steps, held_out=0)
+    done = {}
+    for index, step in enumerate(full_steps(plan)):
+        done[type(step).__name__] = advance(folder, plan, index, None, lambda done, total: None)  # type: ignore[arg-type]
+    assert done["RepairEncoding"]["reasons"] == {"rewritten": 2} and done["RepairEncoding"]["made"] == 2
+    assert done["MaskPersonalData"]["reasons"] == {"masked": 2} and done["MaskPersonalData"]["made"] == 2
+    assert done["Secrets"]["reasons"] == {"npm_token": 1} and done["PersonalData"]["dropped"] == 0
+    assert done["EncodingDamage"]["kept"] == 4
+    rows = [row for part in state_before(folder, plan, len(full_steps(plan))).tables() for row in part.to_pylist()]
+    said_ = {row["messages"][1]["content"]: row["parents"] for row in rows}
+    assert set(said_) == {"Fine.", "Rue Léopold", "Mail [EMAIL_ADDRESS]", "Léa: [PHONE_NUMBER]"}
+    assert said_["Rue Léopold"] == [ids[1]] and said_["Mail [EMAIL_ADDRESS]"] == [ids[2]]
+    assert said_["Léa: [PHONE_NUMBER]"][0] not in ids  # the repaired row, whose parent is the fifth

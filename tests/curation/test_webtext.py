@@ -44,13 +44,13 @@ def documents(make_row: Make, texts: list[str]) -> pa.Table:
 
 def real(data: Path) -> list[str]:
     names = ("docs_c4_demo", "docs_wiki_demo", "docs_til", "docs_gutenberg_passages")
-    texts = [t for name in names for t in pq.read_table(data / f"{name}.parquet")["text"].to_pylist()[:150]]
-    return texts + pq.read_table(data / "alpaca_raw_random5000.parquet")["output"].to_pylist()[:600]
+    texts: list[str] = [t for name in names for t in pq.read_table(data / f"{name}.parquet")["text"].to_pylist()[:150]]
+    return [*texts, *pq.read_table(data / "alpaca_raw_random5000.parquet")["output"].to_pylist()[:600]]
 
 
 def naive_repetition(text: str) -> dict[str, int]:
     """As datatrove counts, word by word."""
-    counts = {}
+    counts: dict[str, int] = {}
     for name, pieces in (("lines", re.split(r"\n+", text)), ("paragraphs", re.split(r"\n{2,}", text.strip()))):
         again = [piece for n, piece in enumerate(pieces) if piece in pieces[:n]]
         counts |= {name: len(pieces), f"again_{name}": len(again), f"again_{name[:-1]}_chars": sum(map(len, again))}
@@ -148,7 +148,7 @@ def test_gopher_repetition_agrees_with_datatrove(words: None, data: Path, make_r
     theirs = peer("repetition", texts)
     names = {"dup_para_frac": "repeated_paragraphs", "dup_para_char_frac": "repeated_paragraph_chars",
              "dup_line_frac": "repeated_lines", "dup_line_char_frac": "repeated_line_chars"}  # fmt: skip
-    wanted = [None if why is None else names.get(why) or why.replace("duplicated_", "repeated_").replace("_n_grams", "_grams")
+    wanted = [None if why is None else names.get(why) or why.replace("duplicated", "repeated").replace("_n_", "_")
               for why in theirs]  # fmt: skip
     ours = verdicts(GopherRepetition(), documents(make_row, texts))
     differ = [(text, a, b) for text, a, b in zip(texts, ours, wanted, strict=True) if a != b]
