@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from .blocks import Block, blocks
 from .door import Progress
-from .folder import HouseError, RunFolder, write_json, write_parquet
+from .folder import FULL, HouseError, RunFolder, write_json, write_parquet
 from .inputs import Informed
 from .keys import Found, Places, Words, firsts, keys_of
 from .ledger import State
@@ -232,7 +232,9 @@ def _halve(
         yield start, table, None
     except (HouseError, MemoryError):
         raise
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         if rows.num_rows == 1:
             yield start, None, traceback.format_exc()
             return

@@ -19,6 +19,7 @@ from gristmill.curation.rows import made_row, message, table
 from gristmill.curation.sift import SetPlan, advance, begin, full_steps, held_out_rows, state_before
 from gristmill.curation.steps import Corpus, Measure, verdicts
 from gristmill.curation.text import prompt_of, response_of, view
+from gristmill.flows.run import measured_text
 
 Write = Callable[..., list[str]]
 Make = Callable[..., dict[str, Any]]
@@ -50,9 +51,21 @@ class Letters:
 
 
 @dataclass(frozen=True)
+class Nameless:
+    """Letters as a float, NaN for a response that says `nan`."""
+
+    version: ClassVar[int] = 1
+    columns: ClassVar[dict[str, pa.DataType]] = {"letters": pa.float64()}
+    models: ClassVar[tuple[str, ...]] = ()
+
+    def measure(self, rows: pa.Table, tools: Any, progress: Any) -> pa.Table:
+        return pa.table({"letters": [float("nan") if t == "nan" else float(len(t)) for t in view(rows, "response")]})
+
+
+@dataclass(frozen=True)
 class AtLeast:
     low: int = 3
-    counter: Letters = Letters()
+    counter: Any = Letters()
     scope: ClassVar[str] = "row"
     score: ClassVar[str] = "letters"
 
@@ -167,6 +180,34 @@ def test_measures_are_taken_once_for_each_content(folder: RunFolder, write_sourc
     again.rows.symlink_to(folder.rows)
     run(again, plan_of(AtLeast(low=5, counter=counter)))
     assert counter.calls == [2]
+
+
+def test_a_second_run_measures_only_what_is_new(folder: RunFolder, write_source: Write, make_row: Make) -> None:
+    rows = rows_of(make_row, ["one", "two two", "three", "three"])
+    write_source("a", rows)
+    counter = Letters()
+    first = run(folder, plan_of(AtLeast(counter=counter)))[2]
+    (key,) = first["measures"]
+    assert (first["measured"], first["reused"]) == ({key: 4}, {key: 0})
+    again = RunFolder(folder.root.with_name("next"), cache=folder.root)
+    folder.rows = again.rows
+    write_source("a", [*rows, *(make_row("a", 4 + i, f"new {i}?", f"answer {i}") for i in range(3))])
+    second = run(again, plan_of(AtLeast(counter=counter)))[2]
+    assert (second["measured"], second["reused"], counter.calls) == ({key: 3}, {key: 4}, [4, 3])
+    assert measured_text(second) == "  [Letters measured 3 of 7]" and measured_text(first) == ""
+
+
+def test_values_that_are_no_numbers_are_told_and_kept_apart(
+    folder: RunFolder, write_source: Write, make_row: Make
+) -> None:
+    ids = write_source("a", rows_of(make_row, ["fine answer", "nan", "another"]))
+    found = run(folder, plan_of(AtLeast(counter=Nameless())))[2]
+    assert found["kept"] == 2 and found["reasons"] == {"too_short": 1}
+    assert stored(folder, "02-AtLeast")[ids[1]]["score"] is None
+    again = RunFolder(folder.root.with_name("next"), cache=folder.root)
+    again.rows.parent.mkdir(parents=True)
+    again.rows.symlink_to(folder.rows)
+    assert run(again, plan_of(AtLeast(counter=Nameless())))[2]["measured"] == {found["measures"][0]: 0}
 
 
 def test_a_step_that_keeps_nothing_stops_with_the_step_named(
