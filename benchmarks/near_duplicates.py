@@ -209,7 +209,10 @@ def build_scale(rows: Path, data: Path, count: int) -> dict[str, Any]:
         known = {"row_id": names, "content_id": names, "source": pa.array(["all"] * size), "messages": messages,
                  "position": pa.array(numbers)}  # fmt: skip
         columns = [known.get(f.name, pa.nulls(size, f.type)).cast(f.type) for f in ROW]
-        write_parquet(rows / f"all-{position // size:05d}.parquet", pa.Table.from_arrays(columns, schema=ROW))
+        whole = pa.Table.from_arrays(columns, schema=ROW)
+        for low in range(0, size, PART_ROWS):
+            name = f"all-{(position + low) // PART_ROWS:05d}.parquet"
+            write_parquet(rows / name, whole.slice(low, PART_ROWS))
         position += size
         file.unlink()
     return made

@@ -22,8 +22,10 @@ RECALL = 0.989  # of pairs at the threshold: above 0.98 with room for what a ful
 BUCKET = 16  # units of a full bucket that the others are compared with
 SPARE = 2 * BUCKET  # and those that are compared besides, for the day when some of the first are gone
 LANES = 64  # hash functions that one inner loop computes
-BLOCK = 1024  # rows or pairs of one piece of work
-MAPPED = 8192  # pairs between two times that a mapped file is let go: a page fault brings in 64 kB, so at most 1 GB
+BLOCK = 256  # rows or pairs of one piece of work
+ROWS = 1 << 16  # rows between two times that mapped files are let go
+PAIRS = 1 << 20  # candidates that are verified at a time: 80 bytes each for a moment
+MAPPED = 512  # pairs between two times that a mapped file is let go: each faults in some 250 kB, so 128 MB
 _1, _32, _33 = np.uint64(1), np.uint64(32), np.uint64(33)
 _LOW, _LOW_31 = np.uint64(0xFFFFFFFF), np.uint64(0x7FFFFFFF)
 
@@ -58,7 +60,7 @@ def near_pairs(
     In a bucket of more than BUCKET + 1 texts each is compared with the SPARE whose hashes are smallest, so the work
     stays linear; smaller buckets are compared in full. Which texts are found near each other depends neither on the
     rows' order nor on `threads`. Beside the shingles it holds 8 bytes a text and band (beyond spill.LIMIT in a file of
-    `scratch`) and the candidates of some 4 million texts' bands, or of two bands.
+    `scratch`) and the candidates of some 2 million texts' bands, or of two bands.
     """
     first, group = _distinct(shingles, 0, len(shingles))
     ascending = np.argsort(first)  # so that the shingles are read from front to back
@@ -71,7 +73,7 @@ def near_pairs(
         found: tuple[Hashes, Short, Short] = _buckets(keys[index][column], BUCKET, SPARE)
         return found
 
-    at_once = max(processors(), (1 << 22) // (len(first) + 1))  # bands whose candidates are held together
+    at_once = max(processors(), (1 << 21) // (len(first) + 1))  # bands whose candidates are held together
     for low in range(0, bands, at_once):
         found = in_threads(band, range(low, min(low + at_once, bands)), threads)
         let_go(keys)
@@ -99,7 +101,8 @@ def _verified(
     threads: int,
 ) -> tuple[Hashes, Reals]:
     """`known` pairs (left << 33 | right << 1 | heavy, sorted) and their Jaccard, with those of some more bands."""
-    some = np.sort(np.concatenate([pairs for pairs, _, _ in found]))
+    some = np.concatenate([pairs for pairs, _, _ in found])
+    some.sort()
     some = some[np.r_[True, some[1:] >> _1 != some[:-1] >> _1]] if len(some) else some  # the light one of two
     place = np.searchsorted(known >> _1, some >> _1)
     old = place < len(known)
@@ -107,12 +110,17 @@ def _verified(
     known = known.copy()
     known[place[old]] &= some[old]  # light in one band is light
     some = some[~old]
-    left, right = first[(some >> _33).astype(np.int64)], first[(some >> _1 & _LOW_31).astype(np.int64)]
-    similarity = jaccards(shingles, left, right, threads)
-    good = similarity >= floor
-    pairs, similarity = np.r_[known, some[good]], np.r_[near, similarity[good]]
-    order = np.argsort(pairs)
-    return pairs[order], similarity[order]
+    pairs, similarities = [known], [near]
+    for low in range(0, len(some), PAIRS):
+        part = some[low : low + PAIRS]
+        left, right = first[(part >> _33).astype(np.int64)], first[(part >> _1 & _LOW_31).astype(np.int64)]
+        similarity = jaccards(shingles, left, right, threads)
+        good = similarity >= floor
+        pairs.append(part[good])
+        similarities.append(similarity[good])
+    known, near = np.concatenate(pairs), np.concatenate(similarities)
+    order = np.argsort(known)
+    return known[order], near[order]
 
 
 def near_pairs_between(
@@ -242,8 +250,8 @@ def band_keys(
         _minima(shingles.hashes, shingles.offsets, rows[part], scale, shift, factors, found)
         keys[:, part] = found
 
-    for low in range(0, len(rows), 1 << 18):
-        in_threads(block, range(low, min(low + (1 << 18), len(rows)), BLOCK), threads)
+    for low in range(0, len(rows), ROWS):
+        in_threads(block, range(low, min(low + ROWS, len(rows)), BLOCK), threads)
         let_go(keys)
         let_go(shingles.hashes)
     return keys
