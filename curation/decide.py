@@ -26,7 +26,7 @@ from .judging import KEPT, VALUES
 from .ledger import Mask, State, StepRecord, load_state, source_parts
 from .overrides import Overrides, overruled
 from .sift import AnyStep, SetPlan, full_steps, held_out_ids, held_out_rows, step_name
-from .steps import Corpus, CorpusJudge, Measure, RowJudge, Tools, columns_read
+from .steps import Corpus, CorpusJudge, Measure, RowJudge, Tools, columns_read, value_names
 
 JUDGE_ERROR = "judge_error"
 
@@ -299,7 +299,7 @@ def _values(place: _Place, was: Any, now: Any, mask: Mask) -> tuple[pa.Table, An
     size = int(mask.sum())
     if not now.needs:
         return pa.table({"_none": pa.nulls(size)}), np.ones(size, np.bool_)
-    wanted = [name for measure in now.needs for name in measure.columns]
+    wanted = [name for names in value_names([measure.columns for measure in now.needs]) for name in names]
     path = place.home / KEPT / VALUES
     same = [repr(measure) for measure in was.needs] == [repr(measure) for measure in now.needs]
     seen = place.before.alive[mask]
@@ -324,7 +324,7 @@ def _looked_up(place: _Place, needs: Sequence[Measure], mask: Mask) -> tuple[pa.
                            pa.string())  # fmt: skip
     known = np.ones(len(ids), np.bool_)
     columns: dict[str, Any] = {}
-    for measure in needs:
+    for measure, names in zip(needs, value_names([measure.columns for measure in needs]), strict=True):
         if not measure.models:
             for table in rows.tables():
                 measured(place.folder, measure, table, place.tools, place.progress)
@@ -336,7 +336,7 @@ def _looked_up(place: _Place, needs: Sequence[Measure], mask: Mask) -> tuple[pa.
                 if isinstance(index, pa.Array)
                 else np.asarray(pc.is_valid(index))
             )
-        columns |= {name: found[name].take(index) for name in measure.columns}
+        columns |= {called: found[name].take(index) for name, called in zip(measure.columns, names, strict=True)}
     return pa.table(columns).filter(pa.array(known)), known
 
 

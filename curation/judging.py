@@ -19,7 +19,7 @@ from .cache import BROKEN, Taken, attempt, broken, take
 from .folder import HouseError, RunFolder, parquet_writer
 from .ledger import LEDGER, Mask, State, ledger_rows
 from .pool import INLINE, Pool, fitting
-from .steps import Corpus, CorpusJudge, Measure, RowJudge, Tools, columns_read, verdicts
+from .steps import Corpus, CorpusJudge, Measure, RowJudge, Tools, columns_read, value_names, verdicts
 
 KEPT, VALUES = "kept", "values.parquet"  # below a step's folder
 Write = Callable[[pa.Table], None]
@@ -195,9 +195,8 @@ def _values(taken: Sequence[Taken], contents: pa.ChunkedArray) -> tuple[pa.Table
     """Columns of all measures aligned with these contents, and tracebacks by row."""
     columns: dict[str, Any] = {}
     errors: dict[int, str] = {}
-    for one in taken:
-        found = one.values.of(contents)
-        columns |= dict(zip(found.column_names, found.columns, strict=True))
+    for one, names in zip(taken, value_names([one.values.schema.names for one in taken]), strict=True):
+        columns |= dict(zip(names, one.values.of(contents).columns, strict=True))
         if one.errors:
             hit = pc.is_in(contents, value_set=pa.array(sorted(one.errors), pa.string()))
             for index in np.flatnonzero(np.asarray(hit)).tolist():

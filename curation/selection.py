@@ -16,7 +16,7 @@ from .folder import HouseError
 from .measures.length import Length
 from .rows import digest
 from .spans import Ints
-from .steps import VERDICT, Corpus, Measure
+from .steps import VERDICT, Corpus, Measure, value_names
 from .survivors import json_column
 
 Unit = Literal["rows", "tokens", "words"]
@@ -50,15 +50,18 @@ class Pool:
 
 def reads(step: object, *wanted: tuple[Measure, str]) -> tuple[Measure, ...]:
     """The `needs` of a judge that reads these columns of these measures, each measure once. A HouseError where a
-    measure has no such column, or where a column read of one is hidden by one of equal name of another."""
+    measure has no such column."""
     needs = tuple(dict.fromkeys(measure for measure, _ in wanted))
     for measure, column in wanted:
         if column not in measure.columns:
             raise HouseError(f"{step}: {measure} has no column {column!r}; it has {', '.join(measure.columns)}")
-        for other in needs:
-            if other != measure and column in other.columns:
-                raise HouseError(f"{step}: {measure} and {other} both have a column {column!r}; use one of them")
     return needs
+
+
+def value_name(needs: Sequence[Measure], measure: Measure, column: str) -> str:
+    """Under which name a judge with these `needs` reads this column of this measure."""
+    place = list(needs).index(measure)
+    return dict(zip(measure.columns, value_names([need.columns for need in needs])[place], strict=True))[column]
 
 
 def only_column(step: object, of: Measure, column: str | None) -> str:
@@ -85,15 +88,18 @@ def cost_of(step: object, unit: Unit, tokens: Measure | None) -> tuple[tuple[Mea
     return ((tokens, known[0] if known else only_column(step, tokens, None)),)
 
 
-def pool(corpus: Corpus, unit: Unit, tokens: Measure | None, column: str | None = None) -> Pool:
-    """The live rows with their costs in `unit` and the scores of `column`. A row whose cost is unknown, or whose score
-    is wanted and no finite number, is not open to selection."""
+def pool(
+    corpus: Corpus, unit: Unit, tokens: Measure | None, column: str | None = None, needs: Sequence[Measure] = ()
+) -> Pool:
+    """The live rows with their costs in `unit` and the scores of `column` (as `value_name` says). needs: those of the
+    judge, where the measure that counts tokens may share a column's name with another. A row whose cost is unknown, or
+    whose score is wanted and no finite number, is not open to selection."""
     keys = row_keys(row_ids(corpus))
     scores = np.full(len(keys), np.nan) if column is None else numbers(corpus, column)
     known = np.ones(len(keys), np.bool_) if column is None else np.isfinite(scores)
     costs = np.ones(len(keys))
-    for _, name in cost_of("a budget", unit, tokens):
-        costs = numbers(corpus, name)
+    for measure, name in cost_of("a budget", unit, tokens):
+        costs = numbers(corpus, value_name(needs or (measure,), measure, name))
         known &= np.isfinite(costs)
     whole = np.maximum(np.where(known, costs, 1), 1).astype(np.int64)  # an empty row still takes a place
     return Pool(keys, scores, whole, known)

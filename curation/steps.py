@@ -8,7 +8,7 @@ import importlib
 import inspect
 import json
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -89,6 +89,16 @@ class Measure(Protocol):
 
     def measure(self, rows: pa.Table, tools: Tools, progress: Progress) -> pa.Table:
         """One row of `columns` for each row (schema ROW), in order."""
+
+
+def value_names(columns: Sequence[Iterable[str]]) -> list[list[str]]:
+    """Under which names a judge reads the columns of its `needs`: their own; a column that a later measure has too is
+    called NAME#PLACE by the place of its measure, so that two scores of one kind can be read side by side."""
+    needs = [list(names) for names in columns]
+    later = [{name for names in needs[place + 1 :] for name in names} for place in range(len(needs))]
+    return [
+        [f"{name}#{place}" if name in later[place] else name for name in names] for place, names in enumerate(needs)
+    ]
 
 
 class Corpus(Protocol):

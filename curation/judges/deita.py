@@ -24,6 +24,7 @@ from ..selection import (
     row_ids,
     selected,
     spend,
+    value_name,
 )
 from ..steps import Corpus, Measure
 from ..text import View
@@ -87,8 +88,9 @@ class Deita:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
         from ..coresets import diverse
 
-        rows = pool(corpus, self.unit, self.tokens, self.read[0][1])
-        for _, column in self.read[1:]:
+        first, *others = (value_name(self.needs, *read) for read in self.read)
+        rows = pool(corpus, self.unit, self.tokens, first, self.needs)
+        for column in others:
             scores = rows.scores * numbers(corpus, column)
             rows = replace(rows, scores=scores, open=rows.open & np.isfinite(scores))
         everything = all_kept(self, rows, self.budget, self.unit)

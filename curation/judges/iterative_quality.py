@@ -31,6 +31,7 @@ from ..selection import (
     selected,
     shared,
     spend_in_groups,
+    value_name,
 )
 from ..steps import Corpus, Measure
 from ..text import View
@@ -108,7 +109,7 @@ class IterativeQuality:
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
         once = self.one_round
-        rows = pool(corpus, self.unit, self.tokens, once.read[1])
+        rows = pool(corpus, self.unit, self.tokens, value_name(self.needs, *once.read), self.needs)
         everything = all_kept(self, rows, self.budget, self.unit)
         if everything is not None:
             return everything

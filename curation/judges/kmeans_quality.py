@@ -32,6 +32,7 @@ from ..selection import (
     selected,
     shared,
     spend_in_groups,
+    value_name,
 )
 from ..steps import Corpus, Measure
 from ..text import View
@@ -118,7 +119,7 @@ class KMeansQuality:
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
-        rows = pool(corpus, self.unit, self.tokens, self.read[1])
+        rows = pool(corpus, self.unit, self.tokens, value_name(self.needs, *self.read), self.needs)
         everything = all_kept(self, rows, self.budget, self.unit)
         if everything is not None:
             return everything

@@ -21,6 +21,7 @@ from ..selection import (
     reads,
     selected,
     spend,
+    value_name,
 )
 from ..steps import Corpus, Measure
 
@@ -70,7 +71,7 @@ class TopScore:
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
-        rows = pool(corpus, self.unit, self.tokens, self.read[1])
+        rows = pool(corpus, self.unit, self.tokens, value_name(self.needs, *self.read), self.needs)
         everything = all_kept(self, rows, self.budget, self.unit)
         if everything is not None:
             return everything

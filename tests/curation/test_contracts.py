@@ -17,7 +17,7 @@ import pytest
 from gristmill.curation.door import ChatAnswer, ChatRequest
 from gristmill.curation.measures.length import Length
 from gristmill.curation.rows import ROW, content_id, message, table
-from gristmill.curation.steps import VERDICT, find_steps
+from gristmill.curation.steps import VERDICT, find_steps, value_names
 from gristmill.curation.text import view
 
 STEPS = find_steps()
@@ -157,9 +157,9 @@ class Rows:
 
 def values_of(needs: Any, rows: pa.Table) -> pa.Table:
     columns: dict[str, Any] = {"_none": pa.nulls(rows.num_rows)}
-    for measure in needs:
+    for measure, names in zip(needs, value_names([measure.columns for measure in needs]), strict=True):
         found = measure.measure(rows, Tools(rows), lambda done, total: None)
-        columns |= {name: found[name] for name in found.column_names}
+        columns |= dict(zip(names, found.columns, strict=True))
     return pa.table(columns)
 
 

@@ -34,6 +34,7 @@ from gristmill.curation.selection import (
     spend,
     spend_in_groups,
     uniform,
+    value_name,
 )
 from gristmill.curation.steps import VERDICT
 
@@ -220,8 +221,13 @@ def test_what_a_step_reads() -> None:
         cost_of("s", "tokens", None)
     assert reads("s", (Length(), "turns"), (Length(), "response_words")) == (Length(),)
     assert reads("s", (Fake(), "beauty"), (ResponsePerplexity("m"), "nll")) == (Fake(), ResponsePerplexity("m"))
-    with pytest.raises(HouseError, match="both have a column 'tokens'"):
-        reads("s", (Fake(), "tokens"), (ResponsePerplexity("m"), "nll"))
+    needs = (Fake(), ResponsePerplexity("m"), Length())
+    names = [
+        value_name(needs, Fake(), "tokens"),
+        value_name(needs, Fake(), "beauty"),
+        value_name(needs, needs[1], "tokens"),
+    ]
+    assert names == ["tokens#0", "beauty", "tokens"]
     with pytest.raises(HouseError, match="no column 'beast'"):
         reads("s", (Fake(), "beast"))
     with pytest.raises(HouseError, match="name a column"):

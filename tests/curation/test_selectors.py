@@ -48,6 +48,13 @@ class Scores:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Judged(Scores):
+    by: str = "a"
+
+    columns: ClassVar[dict[str, pa.DataType]] = {"score": pa.float64()}
+
+
 class Rows:
     """A corpus in parts; a row's values stand in its meta, its embedding follows from the topic there."""
 
@@ -321,6 +328,17 @@ def test_deita_takes_by_score_and_leaves_twins_for_the_end(rows: list[dict[str, 
     assert {i for i in proof if proof[i].get("round") == 2} == set(rest)
     twin = proof[rest[0]]
     assert twin["similarity"] >= 0.9 and abs(vectors[twin["closest"]] @ vectors[rest[0]] - twin["similarity"]) < 1e-3
+
+
+def test_two_scores_of_one_name_are_read_side_by_side(rows: list[dict[str, Any]]) -> None:
+    judge = Deita(40, of=Judged("a"), column="score", times=Judged("b"), times_column="score", embedding="e")
+    assert judge.needs[:2] == (Judged("a"), Judged("b"))
+    both = [
+        row | {"meta": json.dumps(json.loads(row["meta"]) | {"score#0": n % 7, "score": n % 5})}
+        for n, row in enumerate(rows)
+    ]
+    found = judged(judge, both)
+    assert [found[row["row_id"]]["score"] for row in rows] == [(n % 7) * (n % 5) for n in range(len(rows))]
 
 
 def a_pool(size: int) -> Pool:
