@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gristmill.curation.coresets import diverse, facility_location, farthest_first, neighbours
-from gristmill.curation.folder import HouseError
+from gristmill.curation.folder import HouseError, RunFolder
 from gristmill.curation.judges.deita import Deita
 from gristmill.curation.judges.facility_location import FacilityLocation
 from gristmill.curation.judges.iterative_quality import DiversifyAndConquer, IterativeQuality, reweighted
@@ -31,6 +31,8 @@ from gristmill.curation.judges.top_score import TopScore
 from gristmill.curation.measures.length import Length
 from gristmill.curation.rows import digest, table
 from gristmill.curation.selection import Pool, row_keys, shuffled
+from gristmill.curation.sift import SetPlan, advance, begin, full_steps
+from gristmill.curation.text import view
 
 Make = Callable[..., dict[str, Any]]
 Verdicts = dict[str, dict[str, Any]]
@@ -484,3 +486,31 @@ def spent(order: np.ndarray, words: np.ndarray, budget: int) -> np.ndarray:
 
 def gap(target: np.ndarray, chosen: np.ndarray) -> float:
     return float(((target[:, None] - chosen[None]) ** 2).sum(axis=2).min(axis=1).mean())
+
+
+@dataclass(frozen=True)
+class Letters:
+    """Characters of the response, times a factor."""
+
+    factor: int = 1
+    version: ClassVar[int] = 1
+    columns: ClassVar[dict[str, pa.DataType]] = {"letters": pa.float64()}
+    models: ClassVar[tuple[str, ...]] = ()
+
+    def measure(self, rows: pa.Table, tools: Any, progress: Any) -> pa.Table:
+        return pa.table({"letters": [float(self.factor * len(text)) for text in view(rows, "response")]})
+
+
+def test_the_engine_hands_both_columns_of_one_name(folder: RunFolder, write_source: Any, make_row: Make) -> None:
+    words = ("oak", "gorge", "lantern", "sky", "harvest moon", "ink")
+    made = [make_row("a", n, f"{word} of {word}s?", word) for n, word in enumerate(words)]
+    write_source("a", made)
+    judge = Deita(2, of=Letters(), column="letters", times=Letters(10), view="prompt", dims=2)
+    plan = SetPlan("s", "sft", ("a",), (judge,), held_out=0)
+    begin(folder, plan)
+    for index in range(len(full_steps(plan))):
+        advance(folder, plan, index, None, lambda done, total: None)  # type: ignore[arg-type]
+    (home,) = (folder.ledger / "s").glob("*-Deita")
+    found = {row["row_id"]: row["score"] for row in pq.read_table(home / "verdicts.parquet").to_pylist()}
+    assert found == {row["row_id"]: 10.0 * len(word) ** 2 for row, word in zip(made, words, strict=True)}
+    assert set(pq.read_schema(home / "kept" / "values.parquet").names) == {"letters", "letters#0"}
