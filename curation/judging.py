@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ Fault = dict[str, Any]
 Work = tuple[Block, pa.Table | None, dict[int, str]]  # rows, their values, tracebacks of measures by row
 
 
-class Live(Corpus):
+class Live(Corpus, Protocol):
     """What judging asks of the rows that reach a step (sift.LiveRows)."""
 
     folder: RunFolder

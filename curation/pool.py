@@ -4,6 +4,7 @@ A pool is cheap until its first work; then it starts once and stays for the run.
 picklable arguments, which reads and writes the run's folder itself: on a cluster that folder lies on shared storage.
 """
 
+import logging
 import os
 import pickle
 import sys
@@ -171,9 +172,9 @@ class Ray:
 
         if not ray.is_initialized():
             address = os.environ.get("RAY_ADDRESS")
-            more = {} if address else {"num_cpus": self.workers, "include_dashboard": False}
+            here: dict[str, Any] = {} if address else {"num_cpus": self.workers, "include_dashboard": False}
             try:
-                ray.init(address=address, log_to_driver=False, logging_level="ERROR", **more)
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **here)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise HouseError(f"cannot reach the Ray cluster at {address or 'this machine'}: {error}") from error
             self.ours = True
@@ -262,7 +263,12 @@ def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _one_thread() -> None:

@@ -8,6 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -213,18 +214,15 @@ class LiveRows:
         pool: Pool,
     ) -> None:
         self.folder, self.plan, self.index, self.state = folder, plan, index, state
-        self.tools, self.progress, self.pool, self._kept = tools, progress, pool, work / KEPT
+        self.tools, self.progress, self.pool = tools, progress, pool
+        self.kept = work / KEPT
+        self.kept.mkdir()
         self.rows, self.seed = state.rows, plan.seed
         # beside the run, where there is room, and swept away with what else a killed run leaves
         self.scratch = Path(tempfile.mkdtemp(prefix=f".{plan.name}-", suffix=".tmp", dir=folder.root))
         self.home = folder.root.resolve() / plan.name  # what an index of earlier releases calls these rows
         self.measured: pa.Table | None = None
         self.taken: list[Taken] = []
-
-    @property
-    def kept(self) -> Path:
-        self._kept.mkdir(exist_ok=True)
-        return self._kept
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         return self.state.tables(columns)
@@ -239,6 +237,8 @@ class LiveRows:
 
     def close(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
+        with suppress(OSError):  # unless a judge kept something there
+            self.kept.rmdir()
 
 
 def held_out_rows(

@@ -90,7 +90,7 @@ def json_lines(lines: Iterable[bytes], file: str, first: int = 1) -> Records:
 
 def peekable(stream: IO[bytes]) -> Any:
     """The stream with a method `peek`."""
-    return stream if hasattr(stream, "peek") else io.BufferedReader(stream)  # type: ignore[arg-type]
+    return stream if hasattr(stream, "peek") else io.BufferedReader(stream)
 
 
 def begins_array(stream: Any) -> bool:

@@ -173,7 +173,7 @@ def _open(source: Source) -> _Opened:
             modules_digest(modules), 0, listed(itertools.islice(found, source.limit)), Naming(source.columns)
         )
     entry = find(source.path)
-    chunks = (chunk for file in entry.files for chunk in file_chunks(file))
+    chunks: Iterator[Chunk] = (chunk for file in entry.files for chunk in file_chunks(file))
     if source.limit is not None:
         chunks = listed(itertools.islice(_found(chunks), source.limit), min(ROWS, source.limit))
     digest = files_digest(entry.files)
