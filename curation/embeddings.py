@@ -4,7 +4,10 @@ truncated SVD (latent semantic analysis)."""
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from .folder import HouseError
 from .measures.embedding import Embedding
 from .steps import Corpus
 from .text import VIEW_COLUMNS, View, view
@@ -30,12 +33,26 @@ def vectors(corpus: Corpus, model: str | None, which: View, dims: int = 64, seed
         found = np.empty((len(names), dims), np.float32)
         found[order] = tfidf_svd([texts[i] for i in order], dims, seed)
         return found
-    column = corpus.values(["embedding"])["embedding"].combine_chunks()
-    flat = np.asarray(column.flatten(), np.float32)
-    found = flat.reshape(len(column), -1) if len(column) else flat.reshape(0, 1)
-    lengths = np.linalg.norm(found, axis=1, keepdims=True)
-    unit: np.ndarray = np.divide(found, lengths, out=np.zeros_like(found), where=lengths > 1e-6)
-    return unit
+    return _measured(corpus.values(["embedding"])["embedding"])
+
+
+def _measured(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of lists of float16 as unit vectors, chunk by chunk into one array: float32 is held once. A null (a row
+    that could not be measured) is all zeros. A HouseError where vectors differ in length."""
+    sizes = {int(size) for size in pc.unique(pc.list_value_length(column)).to_pylist() if size is not None}
+    if len(sizes) > 1:
+        raise HouseError(f"an embedding model gave vectors of {len(sizes)} sizes: {sorted(sizes)}; remove its measures")
+    found = np.zeros((len(column), *(sizes or {1})), np.float32)
+    start = 0
+    for chunk in column.chunks:
+        rows = found[start : start + len(chunk)]
+        rows[np.asarray(chunk.is_valid())] = chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, found.shape[1])
+        for part in range(0, len(rows), 65_536):  # squares of all rows at once would be a second copy
+            some = rows[part : part + 65_536]
+            lengths = np.linalg.norm(some, axis=1, keepdims=True)
+            np.divide(some, lengths, out=some, where=lengths > 1e-6)
+        start += len(chunk)
+    return found
 
 
 def tfidf_svd(texts: Sequence[str], dims: int = 64, seed: int = 0, max_features: int = 50_000) -> np.ndarray:

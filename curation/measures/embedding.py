@@ -32,7 +32,10 @@ class Embedding:
 
     def measure(self, rows: pa.Table, tools: Tools, progress: Progress) -> pa.Table:
         """One row of `columns` for each row, in order."""
-        found = tools.embedder(self.model).embed(view(rows, self.view), progress).astype(np.float16)
+        made = tools.embedder(self.model).embed(view(rows, self.view), progress)
+        if made.shape[0] != rows.num_rows or not np.isfinite(made).all():
+            raise ValueError(f"{self.model} gave an array of shape {made.shape} for {rows.num_rows} rows, or NaN in it")
+        found = made.astype(np.float16)
         offsets = pa.array(np.arange(len(found) + 1, dtype=np.int32) * found.shape[1])
         flat = pa.array(np.ascontiguousarray(found).reshape(-1))
         return pa.table({"embedding": pa.ListArray.from_arrays(offsets, flat)})

@@ -41,6 +41,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "Embedding": {"model": "m"},
     "DensityBasedPruning": {"budget": 2},
     "GotD": {"budget": 2, "targets": (str(TARGETS),)},
+    "RepresentationSimilarity": {"budget": 2, "targets": (str(TARGETS),)},
     "SimCore": {"budget": 2, "targets": (str(TARGETS),)},
     "Grape": {"model": "m"},
     "Ifd": {"model": "m"},

@@ -1,12 +1,16 @@
-"""TF-IDF/SVD embeddings: what they promise about shape, length, determinism and meaning."""
+"""TF-IDF/SVD embeddings: what they promise about shape, length, determinism and meaning; measured ones as arrays."""
 
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from gristmill.curation import embeddings
 from gristmill.curation.embeddings import tfidf_svd
+from gristmill.curation.folder import HouseError
 
 TOPICS = {
     "bread": "knead dough yeast flour bake rye loaf oven proof crust".split(),  # noqa: SIM905
@@ -66,3 +70,32 @@ def test_beyond_the_sample_all_rows_are_projected(monkeypatch: pytest.MonkeyPatc
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     same = np.equal.outer(labels, labels)
     assert (vectors @ vectors.T)[same].mean() > (vectors @ vectors.T)[~same].mean() + 0.3
+
+
+class Column:
+    """A corpus of one value column."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self.column = column
+
+    def values(self, columns: Sequence[str]) -> pa.Table:
+        return pa.table(dict.fromkeys(columns, self.column))
+
+
+def test_measured_vectors_are_unit_and_nulls_zeros_in_any_chunks() -> None:
+    draw = np.random.default_rng(0)
+    halves = draw.normal(size=(10, 5)).astype(np.float16)
+    lists: list[Any] = [None if n in (2, 9) else row for n, row in enumerate(halves)]
+    kind = pa.list_(pa.float16())
+    chunked = pa.chunked_array([pa.array(lists[:3], kind), pa.array([], kind), pa.array(lists[3:], kind)])
+    for column in (chunked, pa.chunked_array([pa.array(lists[:1], kind), pa.array(lists, kind).slice(1)])):
+        found = embeddings.vectors(Column(column), "m", "prompt")  # type: ignore[arg-type]
+        want = halves.astype(np.float32)
+        want[[2, 9]] = 0
+        want /= np.maximum(np.linalg.norm(want, axis=1, keepdims=True), 1e-9)
+        assert found.dtype == np.float32 and np.allclose(found, want, atol=1e-6)
+    none = embeddings.vectors(Column(pa.chunked_array([], kind)), "m", "prompt")  # type: ignore[arg-type]
+    assert none.shape[0] == 0
+    mixed = pa.chunked_array([pa.array([[1.0], [1.0, 2.0]], kind)])
+    with pytest.raises(HouseError, match="2 sizes"):
+        embeddings.vectors(Column(mixed), "m", "prompt")  # type: ignore[arg-type]
