@@ -361,10 +361,9 @@ def test_recall_holds_in_every_bin_of_jaccard_and_no_pair_is_wrong(threshold: fl
         if similarity >= threshold:
             ends = min(group[copy], group[original]), max(group[copy], group[original])
             bins.setdefault(int(similarity * 20 + 1e-9), []).append(ends[0] == ends[1] or ends in known)
-    wide = [
-        hits for hits in bins.values() if len(hits) >= 300
-    ]  # of fewer, 6 missed of 296 were seen where 1.3 are expected
-    assert len(wide) >= (1 - threshold) * 20 - 1 and sum(map(len, wide)) > 4000
+    wide = [hits for hits in bins.values() if len(hits) >= 50]
+    assert len(bins[int(threshold * 20 + 1e-9)]) >= 200  # where pairs are missed: of 6,495 at 0.7 0.9966 were found
+    assert len(wide) >= (1 - threshold) * 20 - 1 and sum(map(len, wide)) > 3000
     assert all(sum(hits) >= 0.98 * len(hits) for hits in wide)
 
 
