@@ -274,10 +274,13 @@ def _threshold(
     scores, weights = (np.array(column) for column in zip(*good, strict=True))
     candidates = np.unique(sign * np.array([row["score"] for row in scored]))
     losses = np.array([weights[scores > at].sum() for at in candidates]) / weights.sum()
-    best = float(candidates[np.flatnonzero(losses <= budget)[0]])
-    bayes = random.dirichlet(np.ones(len(weights)), DRAWS // 10) * weights
-    lost = bayes[:, scores > best].sum(axis=1) / bayes.sum(axis=1)
-    loss = _estimate(float(losses[np.flatnonzero(losses <= budget)[0]]), lost)
+    at = int(np.flatnonzero(losses <= budget)[0])
+    best, lost = float(candidates[at]), float(losses[at])
+    size = weights.sum() ** 2 / (weights**2).sum()  # Kish's effective number of good rows
+    draws = random.beta(lost * size + 0.5, (1 - lost) * size + 0.5, DRAWS)
+    if lost == 0:
+        draws[: DRAWS // 20] = 0.0
+    loss = _estimate(lost, draws)
     return {"limit": side, "now": low if side == "low" else high, "value": sign * best, "budget": budget,
             "loss": asdict(loss)}  # fmt: skip
 

@@ -34,8 +34,10 @@ def card(manifest: Mapping[str, Any], language: str | None = None) -> str:
 
     language: a code such as "en", where it is known; curation does not guess it."""
     head = yaml.safe_dump(front_matter(manifest, language), sort_keys=False, allow_unicode=True, width=1000)
-    parts = [_about(manifest), _sources(manifest), _funnel(manifest), _loading(manifest), _making(manifest)]
-    return f"---\n{head}---\n\n" + "\n\n".join([*parts, _limitations(manifest)]) + "\n"
+    parts = [_about(manifest), _sources(manifest), _funnel(manifest)]
+    parts += [_audits(manifest)] if manifest.get("audits") else []
+    parts += [_loading(manifest), _making(manifest), _limitations(manifest)]
+    return f"---\n{head}---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def front_matter(manifest: Mapping[str, Any], language: str | None = None) -> dict[str, Any]:
@@ -113,6 +115,28 @@ def _funnel(manifest: Mapping[str, Any]) -> str:
     return head + "\n".join(lines) + "\n\nIn every step, came + made = kept + dropped."
 
 
+def _audits(manifest: Mapping[str, Any]) -> str:
+    head = (
+        "## Audits\n\nOf blind samples, labelled by people, reweighted to the corpus; 95 % intervals in brackets.\n\n"
+    )
+    head += "| judge | labelled | dropped rows that are bad | bad rows it keeps | good rows it drops |\n"
+    head += "|---|---:|---:|---:|---:|\n"
+    lines = []
+    for audit in manifest["audits"]:
+        labelled = audit["dropped"]["labelled"] + audit["kept"]["labelled"]
+        figures = " | ".join(_estimate(audit[name]) for name in ("precision", "missed", "lost"))
+        by = "" if audit.get("labeller") is None else " (by a model, corrected by people's labels)"
+        lines.append(f"| `{_cell(audit['judge'])}` | {labelled}{by} | {figures} |")
+    return head + "\n".join(lines)
+
+
+def _estimate(figure: Mapping[str, Any]) -> str:
+    if figure["value"] is None:
+        return "unknown"
+    low, high = ("?" if figure[name] is None else f"{figure[name]:.0%}" for name in ("low", "high"))
+    return f"{figure['value']:.0%} ({low} to {high})"
+
+
 def _cell(text: str) -> str:
     return " ".join(str(text).replace("|", "\\|").replace("<", "&lt;").split())
 
@@ -147,7 +171,7 @@ def _limitations(manifest: Mapping[str, Any]) -> str:
     made = sum(step["made"] for step in manifest["funnel"] if not step["judge"].startswith("Overrides"))
     lines = [
         "- The judges named above are heuristics and measurements by models: they drop good rows and keep bad ones. How"
-        " often is not known until the set is audited.",
+        " often " + ("stands under Audits." if manifest.get("audits") else "is not known until the set is audited."),
         "- Nothing here was checked for truth, for bias, or for personal data beyond what a judge above names.",
         "- Near-duplicates and overlaps with evaluation sets are removed as far as the steps above say, and no further:"
         " paraphrases and translations are not found.",

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from .cards import card
 from .croissant import croissant
-from .folder import RunFolder, read_json
+from .folder import RunFolder, read_json, whole_file, write_json
 from .ledger import State, ledger_digest, records
 from .shards import Tables, write_curated
 from .sift import SetPlan, full_steps, held_out_rows, state_before
@@ -26,7 +26,7 @@ def finish(folder: RunFolder, plan: SetPlan, release: Mapping[str, Any]) -> dict
     if (home / "manifest.json").is_file():
         manifest = read_json(home / "manifest.json")
         if manifest["ledger_digest"] == ledger and manifest["recipe_digest"] == release["recipe_digest"]:
-            return manifest
+            return with_audits(folder, plan.name)
     steps = full_steps(plan)
     state = state_before(folder, plan, len(steps))
     held = any(record["reasons"].get("held_out") for record in records(folder, plan.name))
@@ -41,7 +41,29 @@ def finish(folder: RunFolder, plan: SetPlan, release: Mapping[str, Any]) -> dict
         "funnel": [{name: record[name] for name in fields} for record in records(folder, plan.name)],
         "ledger_digest": ledger,
     }
+    if audits := audit_reports(folder, plan.name):
+        manifest["audits"] = audits
     return write_curated(home, plan.kind, splits, manifest, _beside)
+
+
+def audit_reports(folder: RunFolder, set_name: str) -> list[dict[str, Any]]:
+    """What audits of the set's judges found (curation.audit.Report), in the order of the steps."""
+    found = [read_json(path) for path in sorted((folder.root / "audits").glob("*/report.json"))]
+    return sorted((report for report in found if report["set"] == set_name), key=lambda report: report["step"])
+
+
+def with_audits(folder: RunFolder, set_name: str) -> dict[str, Any]:
+    """The manifest of a curated set, it and the card made anew where audits have been taken since."""
+    home = folder.curated(set_name)
+    manifest = read_json(home / "manifest.json")
+    audits = audit_reports(folder, set_name)
+    if manifest.get("audits", []) == audits:
+        return manifest
+    manifest["audits"] = audits
+    with whole_file(home / "README.md") as temporary:
+        temporary.write_text(card(manifest), encoding="utf-8")
+    write_json(home / "manifest.json", manifest)
+    return manifest
 
 
 def _beside(whole: Mapping[str, Any]) -> dict[str, str]:

@@ -34,6 +34,7 @@ from ..curation.folder import HouseError, RunFolder, whole_file, write_parquet
 from ..curation.ledger import StepRecord
 from ..curation.look import plain, rows_of, wide_console
 from ..curation.overrides import add_override
+from ..curation.release import with_audits
 from ..curation.text import prompt_of, response_of
 from ..curation.views import connect
 
@@ -118,6 +119,8 @@ def audit_command(
     if audit.labels:
         said = None if model is None else ask_model(folder, audit, _chat(folder, model))
         print_report(conclude(audit, budget, said), console)
+        if (folder.curated(audit.record["set"]) / "manifest.json").is_file():
+            with_audits(folder, audit.record["set"])
     elif model is not None:
         raise HouseError("a judge model is calibrated by people's labels: label some rows first, without --model")
     if apply:

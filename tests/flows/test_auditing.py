@@ -12,6 +12,7 @@ from gristmill.curation.audit import read_labels
 from gristmill.curation.door import ChatAnswer, ChatError
 from gristmill.curation.folder import HouseError, RunFolder, read_json
 from gristmill.curation.overrides import read_overrides
+from gristmill.curation.shards import read_manifest
 from gristmill.flows import cli
 from gristmill.flows.auditing import Audit, ask, ask_model, begin, conclude, label, read_sheet, write_sheet
 from gristmill.flows.progress import Silent
@@ -75,6 +76,9 @@ def test_a_sheet_is_written_filled_and_read(
     mistakes = [r for r in audit.sample.to_pylist() if r["dropped"] and r["score"] >= 7]
     assert f"{len(mistakes)} overrides written" in said and len(read_overrides(folder)) == len(mistakes) > 0
     assert told["precision"]["value"] == 1 - len(mistakes) / told["dropped"]["labelled"]
+    manifest = read_manifest(folder.curated("clean"))
+    card = (folder.curated("clean") / "README.md").read_text()
+    assert manifest["audits"] == [told] and "## Audits" in card and "stands under Audits" in card
     assert call(monkeypatch, "audit", folder.root, "--against", folder.root) == 1
     assert "20 labelled rows came in again" in capsys.readouterr().out
 
