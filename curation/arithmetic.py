@@ -5,7 +5,7 @@ allowed for); what cannot be read with certainty is taken to be right.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from statistics import median
@@ -33,7 +33,21 @@ _OTHER_TASK = re.compile(
 )
 _SAID = re.compile(rf"(?P<whole>\d+) (?P<part>\d+/\d+)|(?P<over>\d+) ?/ ?(?P<under>\d+)|(?P<number>-?(?:{_NUMBER}))")
 _CODE = re.compile(r"[{};]|\w\(|\breturn\b|=>")
-_SHORT_ANSWER, _SHORT_PROMPT = 400, 300  # characters
+SHORT_ANSWER, SHORT_PROMPT = 400, 300  # characters
+
+
+# What RE2 looks for in a prompt before `wrong_result` looks closely: an operation, a list of numbers, a conversion.
+LOOK_ASKED = (
+    r"[\d)] *(?:\*\*|[-+*/^x×÷−–]) *[-(]*[\d.]",
+    r"\d\s*(?:,|and)\s*(?:and )?-?\d[\d.]*\s*(?:,|and)\s*(?:and )?-?\d",
+    r"(?i)convert [^\n]*\d[^\n]*to ",
+)
+
+
+LOOK_VERB = (
+    r"(?i)calculat|comput|evaluat|what.s|what is|solve|simplif|find|answer|work out|result|\bsum\b|\badd|multipl|subtract"
+    r"|divid|value|median|mean|average|convert"
+)
 
 
 class _Unreadable(Exception):
@@ -49,20 +63,26 @@ def wrong_equation(text: str) -> str | None:
     """The first "3 * 4 = 13" of a text: numbers alone on the left, one number on the right, unequal."""
     for match in _RIGHT.finditer(text):
         left, before = _run_before(text, match.start())
-        if (
-            not _OPERATION.search(left)
-            or not before.isascii()
-            or _NOT_BEFORE.search(before)
-            or _NOT_AFTER.match(text, match.end())
-        ):
-            continue
-        value = None if _CHAIN.search(left) else _value(left)
         right = match["right"]
+        simple = _SIMPLE.fullmatch(left)
+        if simple and _OPERATE[simple[2]](int(simple[1]), int(simple[3])) == right:  # most are right, and said so
+            continue
+        if not _OPERATION.search(left) or not before.isascii() or _NOT_BEFORE.search(before):
+            continue
+        if _NOT_AFTER.match(text, match.end()) or _CHAIN.search(left):
+            continue
+        value = _value(left)
         if value is not None and not _agrees(value, right, division="/" in left or "÷" in left):
             return f"{left} is {_plain(value)}, not {right}"
     return None
 
 
+_SIMPLE = re.compile(r"(\d{1,9}) ?([-+*x×]) ?(\d{1,9})")
+_OPERATE: dict[str, Callable[[int, int], str]] = {
+    "+": lambda a, b: str(a + b),
+    "-": lambda a, b: str(a - b),
+    **dict.fromkeys("*x×", lambda a, b: str(a * b)),
+}
 _RIGHT = re.compile(rf" ?= ?[$€£]?(?P<right>-?(?:{_NUMBER}))")
 _NOT_AFTER = re.compile(
     r"\d|,\d|\.\d|\s*[-+*/^×÷%=−–(x°\\]|\s*(?:and|r|R|remainder|mod)\b|\s?[a-zA-Z]\b|e[+-]?\d|…|\.\.\.|!|:\d|\s*\d"
@@ -73,22 +93,15 @@ _LONGEST = 120  # characters of an expression
 
 def _run_before(text: str, end: int) -> tuple[str, str]:
     """The expression that ends at `end`, and some characters before it."""
-    start = end
-    while start > 0 and end - start < _LONGEST and _RUN.match(text[start - 1]):
-        start -= 1
-    while start < end and text[start] in " .,*/^×÷x)":
-        start += 1
-    return text[start:end].rstrip(), text[max(0, start - 12) : start]
+    window = text[max(0, end - _LONGEST - 12) : end]
+    run = _RUN.match(window[::-1])
+    left = window[len(window) - min(run.end(), _LONGEST) :].lstrip(" .,*/^×÷x)") if run else ""
+    return left.rstrip(), window[max(0, len(window) - len(left) - 12) : len(window) - len(left)]
 
 
 def wrong_result(prompt: str, answer: str) -> str | None:
     """What a short prompt asks to be worked out and a short answer does not hold."""
-    if (
-        len(prompt) > _SHORT_PROMPT
-        or len(answer) > _SHORT_ANSWER
-        or not re.search(r"\d", answer)
-        or _CODE.search(answer)
-    ):
+    if len(prompt) > SHORT_PROMPT or len(answer) > SHORT_ANSWER or not re.search(r"\d", answer) or _CODE.search(answer):
         return None
     asked = _asked_sum(prompt) or _asked_list(prompt) or _asked_conversion(prompt)
     if asked is None:
@@ -111,8 +124,10 @@ class Asked:
 
 
 def _asked_sum(prompt: str) -> Asked | None:
+    if not _OPERATION.search(prompt) or not _ASKS.search(prompt) or _OTHER_TASK.search(prompt):
+        return None
     found = {match[0].strip(" .,x"): match for match in _RUN.finditer(prompt) if _OPERATION.search(match[0])}
-    if len(found) != 1 or not _ASKS.search(prompt) or _OTHER_TASK.search(prompt):
+    if len(found) != 1:
         return None
     text, match = found.popitem()
     before, after = prompt[: match.start()][-3:], prompt[match.end() :][:4]
@@ -151,9 +166,9 @@ _NOT_A_LIST = re.compile(
 
 def _asked_list(prompt: str) -> Asked | None:
     asked = {name.lower() for name in _STATISTIC.findall(prompt)}
-    lists = {re.sub(r"[^\d.,-]", "", match[0].replace("and", ",")): match for match in _LIST.finditer(prompt)}
-    if len(asked) != 1 or not lists or _NOT_A_LIST.search(prompt):
+    if len(asked) != 1 or _NOT_A_LIST.search(prompt):
         return None
+    lists = {re.sub(r"[^\d.,-]", "", match[0].replace("and", ",")): match for match in _LIST.finditer(prompt)}
     texts = {tuple(re.findall(r"-?\d+(?:\.\d+)?", match[0])) for match in lists.values()}
     if len(texts) != 1:
         return None

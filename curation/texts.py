@@ -22,16 +22,22 @@ def texts(rows: pa.Table | pa.RecordBatch, which: View) -> pa.Array:
     return pa.concat_arrays(arrays) if arrays else pa.array([], pa.large_string())
 
 
-def matching(strings: pa.Array, pattern: str, threads: int = 0) -> npt.NDArray[np.bool_]:
-    r"""Which strings have a match of `pattern` (RE2: \w, \s and \b know ASCII alone), null as false.
+def matching(strings: pa.Array, *patterns: str) -> npt.NDArray[np.bool_]:
+    r"""Which strings have a match of any of the patterns (RE2: \w, \s and \b know ASCII alone), null as false.
 
-    The cheap first look of a judge: let the pattern find more than is wanted, and decide in Python on what it finds.
-    One pass costs some 1 ns a byte, however many alternatives the pattern has.
+    The cheap first look of a judge: let the patterns find more than is wanted, and decide in Python on what they find. One
+    pass costs some 1 ns a byte, however many words a pattern lists. Patterns with gaps between words go by themselves.
     """
     step = max(MATCHED_ROWS, -(-len(strings) // processors()))
     pieces = [strings.slice(start, step) for start in range(0, len(strings), step)]
-    found = in_threads(lambda piece: pc.match_substring_regex(piece, pattern), pieces, threads)
-    return np.concatenate([np.zeros(0, np.bool_), *(np.asarray(pc.fill_null(piece, False)) for piece in found)])
+
+    def look(piece: pa.Array) -> npt.NDArray[np.bool_]:
+        found = np.zeros(len(piece), np.bool_)
+        for pattern in patterns:
+            found |= np.asarray(pc.fill_null(pc.match_substring_regex(piece, pattern), False))
+        return found
+
+    return np.concatenate([np.zeros(0, np.bool_), *in_threads(look, pieces)])
 
 
 def blank(strings: pa.Array) -> npt.NDArray[np.bool_]:

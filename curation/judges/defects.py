@@ -1,7 +1,7 @@
 """A judge of the defects that instruction data is known for: answers that are none, prompts that ask the impossible."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -80,17 +80,22 @@ CLASSES = (
 )
 DEFAULT = CLASSES[:-1]
 # What RE2 looks for before Python looks closely: more than the rules of `defect` find, of the prompt and the response.
-_SAME = r"|\\[nrtu]|[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]"
+_LOOK_CONTROL, _LOOK_ESCAPE = r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]", r"\\[nrtu]"
 _LOOK_PROMPT = (
-    rf"{LOOK}|no[ _-]?(?:in|out)put|<\s*(?:none|empty)|n/a|instruction ?:|\[(?:insert|paste)|<insert|\{{\{{|^\s*\{{|\n\s*\{{"
-    r"|^[^a-z0-9]*(?:undefined|none|null|nan|todo|tbd|lorem|asdf|instruction|input|n/?a|prompt|question)[^a-z0-9]*$"
-    r"|^[^a-z0-9]*$|median|mean|average|\bsum\b|convert|[\d)] *(?:\*\*|[-+*/^x×÷−–]) *[-(]*[\d.]" + _SAME
+    *LOOK,
+    r"(?i)no[ _-]?(?:in|out)put|<\s*(?:none|empty)|n/a[^a-z0-9\n]*$|instruction ?:|\[(?:insert|paste)",
+    _LOOK_CONTROL,
+    r"(?im)^\s*(?:\{\{ ?\w+ ?\}\}|\{(?:instruction|input|prompt|question|text)\})\s*$",
+    r"(?i)^[^a-z0-9]*(?:undefined|none|null|nan|todo|tbd|lorem ipsum|asdf\w*|instruction|input|n/?a|prompt|question)?[^a-z0-9]*$",
 )
 _LOOK_RESPONSE = (
     r"(?i)no[ _-]?(?:in|out)put|n/a|instruction ?:|^[^!-~]*[\[<][^\n]*[\]>][^!-~]*$|[\[<](?:insert|paste)|\[(?:your|add|enter)"
-    r"|```[^\n`]*\n\s*```|<code>\s*</code>|<pre>\s*</pre>|code (?:goes )?here|= ?[$€£]?-?\d" + _SAME
+    r"|```[^\n`]*\n\s*```|<code>\s*</code>|<pre>\s*</pre>|code (?:goes )?here",
+    r"(?i)^[^a-z]*(?:your code|insert code|add code|code)|^[\[<]code",
+    _LOOK_CONTROL,
 )
-Defect = Iterator[tuple[str, str, str]]  # reason, matched text, where if it is not known from the finder
+Defect = Iterator[tuple[str, str, str]]  # reason, matched text, where
+Finder = Callable[[str, str], Defect]
 
 
 @dataclass(frozen=True)
@@ -121,85 +126,102 @@ class Defects(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""
+        from ..equations import checkable
         from ..texts import VISIBLE, at, matching, texts
 
         prompts, responses = texts(rows, "prompt"), texts(rows, "response")
-        likely = matching(prompts, _LOOK_PROMPT) | matching(responses, _LOOK_RESPONSE) | ~matching(responses, VISIBLE)
-        look = np.flatnonzero(likely)
+        escapes = (_LOOK_ESCAPE,) if "literal_escapes" in self.classes else ()
+        of_prompt = matching(prompts, *_LOOK_PROMPT, *escapes)
+        of_response = matching(responses, *_LOOK_RESPONSE, *escapes) | ~matching(responses, VISIBLE)
+        masks = (of_response, of_prompt, checkable(prompts, responses))
+        look = np.flatnonzero(masks[0] | masks[1] | masks[2])
         documents = rows["text"].is_valid().to_numpy()
         found = {}
         for row, prompt, response in zip(look.tolist(), at(prompts, look), at(responses, look), strict=True):
-            one = defect(prompt, response, bool(documents[row]), self.classes)
+            finders = [find for find, mask in zip(_FINDERS, masks, strict=True) if mask[row]]
+            one = defect(prompt, response, bool(documents[row]), self.classes, finders)
             if one is not None:
                 found[row] = one[0], {"matched": one[1], "where": one[2]}
         return flagged(rows.num_rows, found)
 
 
 def defect(
-    prompt: str, response: str, document: bool = False, classes: Sequence[str] = DEFAULT
+    prompt: str,
+    response: str,
+    document: bool = False,
+    classes: Sequence[str] = DEFAULT,
+    finders: Sequence[Finder] | None = None,
 ) -> tuple[str, str, str] | None:
-    """The first defect of a row as (reason, matched text, where), or None."""
+    """The first defect of a row as (reason, matched text, where), or None. finders: those that may find something."""
     answer = response.strip()
     if not answer:
         return ("empty_response", "", "response") if "empty_response" in classes else None
     if document:
         return None
     prompt = prompt.strip()
-    for find, where in ((_of_response, "response"), (_of_prompt, "prompt"), (_of_both, "")):
-        for reason, matched, place in find(prompt, answer):
+    for find in _FINDERS if finders is None else finders:
+        for reason, matched, where in find(prompt, answer):
             if reason in classes:
-                return reason, matched.strip()[:200], place or where
+                return reason, matched.strip()[:200], where
     return None
 
 
 def _of_response(prompt: str, answer: str) -> Defect:
     match = _NO_OUTPUT.match(answer)
     if match and not _NOT_AVAILABLE.search(_NOINPUT.sub("", prompt)):
-        yield "no_output", match[0], ""
+        yield "no_output", match[0], "response"
     match = _MERGED.search(answer)
     if match and "instruction" not in prompt.lower():
-        yield "merged_instruction", match[0], ""
+        yield "merged_instruction", match[0], "response"
     match = _STAND_IN.match(answer)
     if match:
-        yield "placeholder", match[0], ""
+        yield "placeholder", match[0], "response"
     match = next((field for field in _INSERT.finditer(answer) if not _OPEN_FIELD.search(field[0])), None)
     if match and not _TEMPLATE.search(prompt):
-        yield "placeholder", match[0], ""
+        yield "placeholder", match[0], "response"
+    match = _EMPTY_CODE.search(answer)
+    if match:
+        yield "empty_code", match[0], "response"
+    yield from _characters(prompt, answer, "response")
 
 
 def _of_prompt(prompt: str, answer: str) -> Defect:
     match = _MERGED.search(prompt)
     if match and re.search(r"\d", match[0]):  # "### Instruction:" alone is a common prompt format
-        yield "merged_instruction", match[0], ""
+        yield "merged_instruction", match[0], "prompt"
     match = _NOINPUT.search(prompt)
     if match:
-        yield "noinput_marker", match[0], ""
+        yield "noinput_marker", match[0], "prompt"
     matched = attached_content(prompt) or url_content(prompt)
     if matched:
-        yield "missing_content", matched, ""
+        yield "missing_content", matched, "prompt"
     for reason, name in (("missing_content", "browse"), ("image_request", "image_output")):
         one = request(prompt, (name,))
         if one:
-            yield reason, one[1], ""
+            yield reason, one[1], "prompt"
     matched = absent_code(prompt)
     if matched:
-        yield "empty_code", matched, ""
+        yield "empty_code", matched, "prompt"
     match = _UNCLEAR.search(prompt)
     if match:
-        yield "unclear_instruction", match[0], ""
+        yield "unclear_instruction", match[0], "prompt"
+    yield from _characters(prompt, answer, "prompt")
 
 
-def _of_both(prompt: str, answer: str) -> Defect:
-    match = _EMPTY_CODE.search(answer)
-    if match:
-        yield "empty_code", match[0], "response"
+def _of_sums(prompt: str, answer: str) -> Defect:
     wrong = wrong_arithmetic(prompt, answer)
     if wrong:
         yield "wrong_answer", wrong, "response"
-    for where, text in (("prompt", prompt), ("response", answer)):
-        match = _CONTROLS.search(text)
-        if match:
-            yield "control_characters", f"U+{ord(match[0]):04X}", where
-        match = _ESCAPE.search(text)
-        if match and not _SPEAKS_OF_ESCAPES.search(prompt) and not _SPEAKS_OF_ESCAPES.search(answer):
-            yield "literal_escapes", text[max(0, match.start() - 20) : match.end() + 20], where
+
+
+def _characters(prompt: str, answer: str, where: str) -> Defect:
+    text = prompt if where == "prompt" else answer
+    match = _CONTROLS.search(text)
+    if match:
+        yield "control_characters", f"U+{ord(match[0]):04X}", where
+    match = _ESCAPE.search(text)
+    if match and not _SPEAKS_OF_ESCAPES.search(prompt) and not _SPEAKS_OF_ESCAPES.search(answer):
+        yield "literal_escapes", text[max(0, match.start() - 20) : match.end() + 20], where
+
+
+_FINDERS: tuple[Finder, ...] = (_of_response, _of_prompt, _of_sums)
