@@ -59,7 +59,7 @@ STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Defects", {}),
     ("ResponseLength", {"low": 5, "high": 400}),
     ("Refusal", {}),
-    ("Repetition", {}),
+    ("Repetitive", {}),
     ("RandomSample", {"budget": 0.1}),
 )
 
@@ -121,7 +121,7 @@ def run(home: Path, options: argparse.Namespace, made: dict[str, Any]) -> dict[s
         "cpu_s": round(sum(one["cpu_s"] for one in done), 1),
         "rows_per_s": round(options.rows / sum(one["seconds"] for one in done)),
         "peak_rss_mb": peak(resource.RUSAGE_SELF),
-        "peak_rss_of_a_worker_mb": peak(resource.RUSAGE_CHILDREN),
+        "peak_rss_of_a_worker_mb": max((one["worker_peak_rss_mb"] for one in done), default=0),
         "steps": done,
         "machine": {"processor": processor(), "processors": os.cpu_count(), "load_average": os.getloadavg()[0]},
         "versions": {"python": platform.python_version()}
@@ -141,6 +141,7 @@ def timed(name: str, rows: int, work: Callable[[], Any]) -> dict[str, Any]:
         "cpu_s": round(used, 2),
         "rows_per_s": round(rows / max(seconds, 1e-9)),
         "peak_rss_mb": peak(resource.RUSAGE_SELF),
+        "worker_peak_rss_mb": max(map(worker_peak, living()), default=0),
         **counts,
     }
     shown = f"{counts['came']:,} -> {counts['kept']:,}  {counts['reasons']}" if "came" in counts else ""
@@ -171,6 +172,14 @@ def worker_seconds(pid: int) -> float:
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def worker_peak(pid: int) -> int:
+    try:
+        said = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return int(said[1]) // 1024 if said else 0
 
 
 def peak(who: int) -> int:

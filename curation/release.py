@@ -13,7 +13,7 @@ from .cards import card
 from .croissant import croissant
 from .folder import RunFolder, read_json, whole_file, write_json
 from .ledger import State, ledger_digest, records
-from .shards import Tables, write_curated
+from .shards import Tables, columns_of, write_curated
 from .sift import SetPlan, full_steps, held_out_rows, state_before
 
 
@@ -30,9 +30,10 @@ def finish(folder: RunFolder, plan: SetPlan, release: Mapping[str, Any]) -> dict
     steps = full_steps(plan)
     state = state_before(folder, plan, len(steps))
     held = any(record["reasons"].get("held_out") for record in records(folder, plan.name))
-    splits: dict[str, Tables] = {"train": state.tables}
+    columns = columns_of(plan.kind)
+    splits: dict[str, Tables] = {"train": partial(state.tables, columns)}
     if held:
-        splits["test"] = partial(held_out_rows, folder, plan, len(steps), state)
+        splits["test"] = partial(held_out_rows, folder, plan, len(steps), state, columns)
     fields = ("set", "step", "judge", "came", "made", "kept", "dropped", "reasons")
     manifest = {
         **release,

@@ -48,16 +48,58 @@ def shard_table(rows: pa.Table, kind: str, fields: Iterable[str], optional: Iter
     return pa.table(columns)
 
 
-def used_fields(tables: Iterable[pa.Table], kind: str) -> tuple[list[str], list[str]]:
-    """Message fields, and of tools and spans those columns, that are set anywhere in `tables`."""
-    fields, optional = {"role", "content"}, set()
-    for rows in tables:
-        for ours in _COLUMNS[kind].values():
-            if pa.types.is_list(rows[ours].type):
-                turns = rows[ours].combine_chunks().flatten()
-                fields |= {f.name for i, f in enumerate(MESSAGE) if turns.field(i).null_count < len(turns)}
-        optional |= {name for name in _OPTIONAL if rows[name].null_count < rows.num_rows}
-    return [f.name for f in MESSAGE if f.name in fields], [name for name in _OPTIONAL if name in optional]
+def columns_of(kind: str) -> list[str]:
+    """Columns of ROW that shards of this kind are made of."""
+    return ["row_id", *_COLUMNS[kind].values(), *_OPTIONAL]
+
+
+class Survey:
+    """What one split holds, learnt in one pass: rows, and of each column and message field its size and whether it is
+    set anywhere."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.rows = 0
+        self.bits: dict[str, int] = {}  # of Arrow memory: by column, and by message field over all message columns
+        self.set: set[str] = set()
+
+    def of(self, tables: Iterable[pa.Table]) -> "Survey":
+        for rows in tables:
+            self.rows += rows.num_rows
+            for name in columns_of(self.kind):
+                for chunk in rows[name].chunks:
+                    self._look(name, chunk)
+        return self
+
+    def _look(self, name: str, chunk: pa.Array) -> None:
+        if name in _OPTIONAL or not pa.types.is_list(chunk.type):
+            self._add(name, _weight(chunk), chunk.null_count < len(chunk))
+            return
+        self._add(name, 32 * len(chunk), True)
+        turns = chunk.flatten()
+        for field, said in zip(MESSAGE, turns.flatten(), strict=True):
+            self._add(f"messages.{field.name}", _weight(said), said.null_count < len(said))
+
+    def _add(self, name: str, bits: int, is_set: bool) -> None:
+        self.bits[name] = self.bits.get(name, 0) + bits
+        if is_set:
+            self.set.add(name)
+
+    def cuts(self, fields: Iterable[str], optional: Iterable[str]) -> tuple[int, int]:
+        """Number of shards of about SHARD_BYTES and rows of each, by what the rows say alone."""
+        wanted = ["row_id", *_COLUMNS[self.kind].values(), *optional, *(f"messages.{field}" for field in fields)]
+        bits = sum(self.bits.get(name, 0) for name in wanted)
+        if not self.rows:
+            return 0, 1
+        size = -(-self.rows // max(1, -(-bits // (8 * SHARD_BYTES))))
+        return -(-self.rows // size), size
+
+
+def used(surveys: Iterable[Survey]) -> tuple[list[str], list[str]]:
+    """Message fields, and of tools and spans those columns, that are set anywhere; role and content always."""
+    known = {name for survey in surveys for name in survey.set} | {"messages.role", "messages.content"}
+    fields = [field.name for field in MESSAGE if f"messages.{field.name}" in known]
+    return fields, [name for name in _OPTIONAL if name in known]
 
 
 def _narrow(column: pa.ChunkedArray, fields: tuple[str, ...]) -> pa.ChunkedArray:
@@ -83,12 +125,13 @@ def write_curated(
     splits: name -> tables of schema ROW, in order, or a function that gives them: they are read twice, and held one
     shard at a time. Equal rows give equal bytes, however they are parted among tables."""
     sources = {name: _again(tables) for name, tables in splits.items()}
-    fields, optional = used_fields((table for tables in sources.values() for table in tables()), kind)
+    surveys = {name: Survey(kind).of(tables()) for name, tables in sources.items()}
+    fields, optional = used(surveys.values())
     files = []
     with whole_folder(folder) as temporary:
         (temporary / "data").mkdir()
         for split, tables in sources.items():
-            count, size = _cuts(shard_table(table, kind, fields, optional) for table in tables())
+            count, size = surveys[split].cuts(fields, optional)
             shards = _shards((shard_table(table, kind, fields, optional) for table in tables()), size)
             for index, shard in enumerate(shards):
                 name = f"data/{split}-{index:05d}-of-{count:05d}.parquet"
@@ -117,17 +160,6 @@ def _bytes(path: Path) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _cuts(tables: Iterable[pa.Table]) -> tuple[int, int]:
-    """Number of shards of about SHARD_BYTES and rows of each, by what the rows say alone."""
-    rows = weight = 0
-    for table in tables:
-        rows += table.num_rows
-        weight += sum(_weight(chunk) for column in table.columns for chunk in column.chunks)
-    count = max(1, -(-weight // (8 * SHARD_BYTES))) if rows else 0
-    size = -(-rows // count) if count else 1
-    return (-(-rows // size), size) if count else (0, 1)
 
 
 def _weight(values: pa.Array) -> int:
