@@ -220,7 +220,10 @@ def pool(workers: int | None = None, kind: str | None = None) -> Iterator[Pool]:
 
 
 def processors() -> int:
-    """How many processors this process may use."""
+    """How many processors this process may use: GRISTMILL_THREADS where it is set, as in a pool's workers."""
+    said = os.environ.get("GRISTMILL_THREADS", "")
+    if said.isdecimal() and int(said):
+        return int(said)
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 

@@ -5,8 +5,6 @@ that a letter followed by a combining accent is not composed. And each letter of
 (Han, kana, Bopomofo, Yi, Thai, Lao, Tibetan, Myanmar, Khmer) is a word of its own.
 """
 
-import os
-import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from .pool import processors
 from .spans import Ints, Spans, Units, spans, turn_spans
 from .spill import Spool
 from .text import VIEW_COLUMNS
@@ -153,11 +152,6 @@ def in_threads(work: Callable[[Item], Result], items: Sequence[Item], threads: i
         return [work(item) for item in items]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, items))
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,8 +8,9 @@ import pyarrow as pa
 
 from ..rows import digest
 from ..steps import Unmeasured, verdicts
-from ..text import contents, normal, prompt_of
+from ..text import VIEW_COLUMNS, contents, normal, prompt_of
 
+READ = (*VIEW_COLUMNS, "label")
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 
 
@@ -63,6 +64,7 @@ class HeldOut(Unmeasured):
     share: float = 0.02
     kind: str = "sft"
     scope: ClassVar[Literal["row"]] = "row"
+    reads: ClassVar[tuple[str, ...]] = READ
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Drops held-out rows with reason held_out."""
@@ -80,6 +82,7 @@ class Trainable(Unmeasured):
 
     kind: str = "sft"
     scope: ClassVar[Literal["row"]] = "row"
+    reads: ClassVar[tuple[str, ...]] = READ
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Drops rows with the reason that `untrainable` gives."""
