@@ -249,7 +249,8 @@ def _bad_rows(side: Side, random: np.random.Generator) -> Reals:
 
 
 def _over(over: Reals, under: Reals) -> Reals:
-    return np.divide(over, under, out=np.full(len(over), np.inf), where=under > 0)
+    found: Reals = np.divide(over, under, out=np.full(len(over), np.inf), where=under > 0)
+    return found
 
 
 def _estimate(value: float | None, draws: Reals) -> Estimate:
@@ -318,7 +319,8 @@ def corrected(
         raise HouseError("the judge model agrees with people no better than chance: its labels say nothing")
     rows = [row | {"label": model.get(row["row_id"])} for row in sample.to_pylist()]
     sides = (_side(rows, True, record["dropped"]), _side(rows, False, record["kept"]))
-    draws, shares = [], []
+    draws: list[Reals] = []
+    shares: list[float | None] = []
     for side in sides:
         called = random.beta(side.bad + 0.5, side.labelled - side.bad + 0.5, DRAWS)
         under = sensitivity + specificity - 1
@@ -328,7 +330,7 @@ def corrected(
         shares.append(None if value is None else float(np.clip((value + plain[1] - 1) / (sum(plain) - 1), 0, 1)))
     labeller = {"sensitivity": plain[0], "specificity": plain[1], "calibrated_on": len(both)}
     limit = _threshold(rows, record, loss_budget, random)
-    return _figures(record, *sides, *draws, *shares, limit, labeller)
+    return _figures(record, *sides, draws[0], draws[1], shares[0], shares[1], limit, labeller)
 
 
 # ---- what is kept of an audit

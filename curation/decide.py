@@ -156,7 +156,7 @@ def _step(place: _Place, was: AnyStep, now: AnyStep) -> tuple[Mask, Again]:
     if isinstance(now, Overrides):
         return _overrides(place, now)
     if not changed and np.array_equal(place.alive, place.before.alive):
-        reasons = Counter(place.record["reasons"])
+        reasons: Counter[str] = Counter(place.record["reasons"])
         return place.after.alive, place.again(now, place.after.rows, place.record["made"], reasons, 0, False)
     if now.scope == "maker":
         return _maker(place, now)

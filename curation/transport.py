@@ -131,4 +131,5 @@ def gradient(potentials: Reals) -> Reals:
     n = len(potentials)
     if n < 2:
         return np.zeros(n)
-    return potentials - (potentials.sum() - potentials) / (n - 1)
+    found: Reals = potentials - (potentials.sum() - potentials) / (n - 1)
+    return found
