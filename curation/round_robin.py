@@ -92,7 +92,7 @@ def _turns(
             while place < len(order) and not (free[order[place]] and costs[order[place]] <= left):
                 place += 1
             at[number] = place + 1
-            if place == len(order):
+            if place >= len(order):
                 if whole:
                     continue
                 return np.array(rows, np.int64), np.array(by, np.int64), False

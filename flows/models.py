@@ -142,7 +142,7 @@ class Workshop:
         with interrupts_wait():
             from ..tuning.embed import load_embedder
 
-        embedder: Embedder = self._kept(f"embedder {model}", lambda: load_embedder(self.base_folder(model)))
+        embedder: Embedder = self._kept(f"embedder {model}", lambda: load_embedder(*self.where(model)))
         return embedder
 
     def token_counts(self, model: str, rows: pa.Table) -> pa.Table:

@@ -31,14 +31,23 @@ Forward = Callable[[Sequence[NDArray[np.int32]]], Vectors]
 """Texts as token ids, sorted by length -> one pooled vector a text."""
 
 
-def load_embedder(folder: Path, *, dtype: str = "auto", device: str | None = None) -> Embedder:
-    """The embedding model in `folder`: a sentence-transformers, model2vec or bare encoder folder.
+def load_embedder(
+    folder: Path, adapter: Path | None = None, *, dtype: str = "auto", device: str | None = None
+) -> Embedder:
+    """The embedding model in `folder`: a sentence-transformers, model2vec or bare encoder folder, or a causal language
+    model, whose representations are those of RDS+ (only such a model may have an adapter).
 
     dtype: fp32, fp16 (CUDA), int8 (a CPU with VNNI), or auto: the fastest of them that this machine computes natively,
     of a cosine of at least 0.999 to fp32 in the mean. HouseError where the folder is absent or holds no such model.
     """
     if not folder.is_dir():
         raise HouseError(f"there is no model folder {folder}")
+    if is_causal(folder):
+        from .representation import RepresentationEmbedder
+
+        return RepresentationEmbedder(folder, adapter, dtype=dtype, device=device)
+    if adapter is not None:
+        raise HouseError(f"{folder} is no causal language model, so that the adapter {adapter} does not fit it")
     if is_static(folder):
         from .static import StaticEmbedder
 
@@ -67,8 +76,13 @@ def _encoder(folder: Path, dtype: str, device: str) -> Encoder | None:
 
 def is_static(folder: Path) -> bool:
     """Whether the folder is one of model2vec: a table of token vectors."""
-    config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "model2vec"
+    return _json(folder / "config.json").get("model_type") == "model2vec"
+
+
+def is_causal(folder: Path) -> bool:
+    """Whether the folder is a bare causal language model."""
+    named = _json(folder / "config.json").get("architectures") or []
+    return not modules(folder) and any(name.endswith("ForCausalLM") for name in named)
 
 
 def check_folder(folder: Path) -> None:
