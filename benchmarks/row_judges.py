@@ -2,10 +2,10 @@
 
     python benchmarks/row_judges.py [--rows 80000] [--repeats 3] [--only NAME …] [--peers] [--json PATH]
 
-Reads the data sets of GRISTMILL_DATA (default: ../shared/data beside the repository). Each judge is called as the engine
-calls it, on parts of PART_ROWS rows, its measures included and not cached. `cpu`: per second of processor time of all
-threads; `wall`: by the clock, on all processors that this process may use. The last lines are all judges one after the
-other: those without a language library, then all.
+Reads the data sets of GRISTMILL_DATA (default: ../shared/data beside the repository). Each judge is called as the
+engine calls it, on parts of PART_ROWS rows, its measures included and not cached. `cpu`: per second of processor time
+of all threads; `wall`: by the clock, on all processors that this process may use. The last lines are all judges one
+after the other: those without a language library, then all.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from gristmill.curation.rows import PART_ROWS, table
 from gristmill.curation.steps import find_steps
 from gristmill.curation.text import view
 
-SETS = ("alpaca_raw_partial", "alpaca_gpt4_partial", "dolly_sample2000", "flan_cot", "gsm8k_train", "codealpaca_new4535",
-        "gpteacher_roleplay", "hh_rlhf_harmless_test", "ultrafeedback_sample1000")  # fmt: skip
+SETS = ("alpaca_raw_partial", "alpaca_gpt4_partial", "dolly_sample2000", "flan_cot", "gsm8k_train",
+        "codealpaca_new4535", "gpteacher_roleplay", "hh_rlhf_harmless_test", "ultrafeedback_sample1000")  # fmt: skip
 LANGUAGE = {"LanguageIs"}  # judges that load a language library, with their measures
 GATES = {"HeldOut", "Trainable"}  # put before every set by the engine
 PEERS = ("GopherRepetitionFilter", "GopherQualityFilter", "C4QualityFilter", "FineWebQualityFilter")
@@ -122,9 +122,8 @@ def main() -> None:
     parts = [rows.slice(start, PART_ROWS) for start in range(0, rows.num_rows, PART_ROWS)]
     megabytes = sum(len(text.encode()) for text in view(rows, "pair")) / 1e6
     print(f"{rows.num_rows} rows, {megabytes:.1f} MB of text, {len(os.sched_getaffinity(0))} processors")
-    print(
-        f"{'judge':34} {'dropped':>8} {'µs/row':>7} {'rows/s cpu':>11} {'MB/s cpu':>9} {'rows/s wall':>12} {'MB/s wall':>10}"
-    )
+    heads = ("dropped", "µs/row", "rows/s cpu", "MB/s cpu", "rows/s wall", "MB/s wall")
+    print(f"{'judge':34} {heads[0]:>8} {heads[1]:>7} {heads[2]:>11} {heads[3]:>9} {heads[4]:>12} {heads[5]:>10}")
     lines: dict[str, dict[str, float]] = {}
 
     def show(name: str, dropped: int, cpu: float, wall: float) -> None:

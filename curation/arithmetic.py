@@ -19,7 +19,8 @@ _NOT_BEFORE = re.compile(
     r"[\w.,$€£%^=+*/×÷<>~√!°\\{}\[\]|&#_≈−–:-]\s*\Z|[-(]\s*\Z|\b(?:of|and|by|or|to|than|mod|log|sqrt)\s*\Z", re.I
 )
 _ASKS = re.compile(
-    r"\b(?:calculate|compute|evaluate|what(?:'s| is)|solve|simplify|find|answer|work out|result|sum|add|multiply|subtract"
+    r"\b(?:calculate|compute|evaluate|what(?:'s| is)|solve|simplify|find|answer|work out|result|sum|add|multiply"
+    r"|subtract"
     r"|divide|value)\b",
     re.IGNORECASE,
 )
@@ -28,7 +29,8 @@ _OTHER_TASK = re.compile(
     r"|approximat|remainder|mod(?:ulo|ulus)?|binary|hex\w*|octal|base|fraction|percent\w*|range|date|ratio|rewrite|describe|"
     r"why|prove|equivalent|factor|prime|word(?:s)?|story|sentence|inverse|reciprocal|average|mean|median|complete|fill|"
     r"minimum|maximum|matri\w+|vector|polynomial|quotient|without|log\w*|root|sqrt|different|steps?|score|game|address|"
-    r"phone|version|weighted|quartile|deviation|variance|probab\w+|how would|formula|error|mistake|wrong|incorrect)\b|%",
+    r"phone|version|weighted|quartile|deviation|variance|probab\w+|how would|formula|error|mistake|wrong"
+    r"|incorrect)\b|%",
     re.IGNORECASE,
 )
 _SAID = re.compile(rf"(?P<whole>\d+) (?P<part>\d+/\d+)|(?P<over>\d+) ?/ ?(?P<under>\d+)|(?P<number>-?(?:{_NUMBER}))")
@@ -45,7 +47,8 @@ LOOK_ASKED = (
 
 
 LOOK_VERB = (
-    r"(?i)calculat|comput|evaluat|what.s|what is|solve|simplif|find|answer|work out|result|\bsum\b|\badd|multipl|subtract"
+    r"(?i)calculat|comput|evaluat|what.s|what is|solve|simplif|find|answer|work out|result|\bsum\b|\badd|multipl"
+    r"|subtract"
     r"|divid|value|median|mean|average|convert"
 )
 
@@ -114,8 +117,8 @@ def wrong_result(prompt: str, answer: str) -> str | None:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked and its value; the relative error that is forgiven; whether a whole number must be exact (else it may
-    be rounded)."""
+    """What is asked and its value; the relative error that is forgiven; whether a whole number must be exact (else it
+    may be rounded)."""
 
     name: str
     value: Fraction
@@ -153,12 +156,14 @@ _STATISTICS = {
 }
 _STATISTIC = re.compile(r"\b(median|mean|average|sum)\b", re.IGNORECASE)
 _LIST = re.compile(
-    rf"(?<![\w.$/-])-?(?:\d+(?:\.\d+)?)(?:\s*,\s*(?:and )?-?\d+(?:\.\d+)?|\s+and\s+-?\d+(?:\.\d+)?){{2,}}(?![\w%/(^]|\.\d)"
+    r"(?<![\w.$/-])-?(?:\d+(?:\.\d+)?)(?:\s*,\s*(?:and )?-?\d+(?:\.\d+)?"
+    r"|\s+and\s+-?\d+(?:\.\d+)?){2,}(?![\w%/(^]|\.\d)"
 )
 _NOT_A_LIST = re.compile(
     r"\b(?:squares?|cubes?|even|odd|positive|negative|prime|weighted|absolute|first|last|digits?|function|code|program"
     r"|python|explain|modes?|range|deviation|variance|roots?|moving|missing|which|compare|product|differen\w+|matri\w+"
-    r"|geometric|harmonic|equal|complete|pairs?|two|series|sequence is|largest|smallest|highest|lowest|squared|round\w*|array manip"
+    r"|geometric|harmonic|equal|complete|pairs?|two|series|sequence is|largest|smallest|highest|lowest|squared"
+    r"|round\w*|array manip"
     r"|triangle|angles?|write|algorithm|sort\w*|list all|subset|target|greater|less|above|below|between|per|rate)\b",
     re.IGNORECASE,
 )
@@ -184,19 +189,19 @@ def _asked_list(prompt: str) -> Asked | None:
 
 
 _UNITS: dict[str, tuple[str, str]] = {  # unit -> (kind, size)
-    "mm|millimet(?:er|re)s?": ("length", "0.001"), "cm|centimet(?:er|re)s?": ("length", "0.01"),
-    "m|met(?:er|re)s?": ("length", "1"), "km|kms|kilomet(?:er|re)s?": ("length", "1000"),
-    "in|inch(?:es)?": ("length", "0.0254"), "ft|feet|foot": ("length", "0.3048"), "yd|yards?": ("length", "0.9144"),
-    "miles?": ("length", "1609.344"), "mg|milligrams?": ("mass", "0.001"), "g|grams?": ("mass", "1"),
-    "kg|kgs|kilos?|kilograms?": ("mass", "1000"), "lbs?|pounds?": ("mass", "453.59237"), "oz|ounces?": ("mass", "28.349523"),
-    "ml|millilit(?:er|re)s?": ("volume", "0.001"), "l|lit(?:er|re)s?": ("volume", "1"),
-    "seconds?": ("time", "1"), "minutes?": ("time", "60"), "hours?": ("time", "3600"), "days?": ("time", "86400"),
-    "weeks?": ("time", "604800"), "°? ?f|(?:degrees? )?fahrenheit": ("heat", "f"), "°? ?c|(?:degrees? )?celsius": ("heat", "c"),
-    "k|kelvins?": ("heat", "k"),
+    "mm|millimet(?:er|re)s?": ("length", "0.001"), "cm|centimet(?:er|re)s?": ("length", "0.01"), "m|met(?:er|re)s?":
+    ("length", "1"), "km|kms|kilomet(?:er|re)s?": ("length", "1000"), "in|inch(?:es)?": ("length", "0.0254"),
+    "ft|feet|foot": ("length", "0.3048"), "yd|yards?": ("length", "0.9144"), "miles?": ("length", "1609.344"),
+    "mg|milligrams?": ("mass", "0.001"), "g|grams?": ("mass", "1"), "kg|kgs|kilos?|kilograms?": ("mass", "1000"),
+    "lbs?|pounds?": ("mass", "453.59237"), "oz|ounces?": ("mass", "28.349523"), "ml|millilit(?:er|re)s?": ("volume",
+    "0.001"), "l|lit(?:er|re)s?": ("volume", "1"), "seconds?": ("time", "1"), "minutes?": ("time", "60"), "hours?":
+    ("time", "3600"), "days?": ("time", "86400"), "weeks?": ("time", "604800"), "°? ?f|(?:degrees? )?fahrenheit":
+    ("heat", "f"), "°? ?c|(?:degrees? )?celsius": ("heat", "c"), "k|kelvins?": ("heat", "k"),
 }  # fmt: skip
 _UNIT = "|".join(f"(?:{names})" for names in _UNITS)
 _CONVERSION = re.compile(
-    rf"\bconvert (?:the |a |an )?(?:temperature |length |weight |distance |measurement )?(?:of )?(?P<number>-?(?:{_NUMBER}))"
+    rf"\bconvert (?:the |a |an )?(?:temperature |length |weight |distance "
+    rf"|measurement )?(?:of )?(?P<number>-?(?:{_NUMBER}))"
     rf" ?(?P<unit>{_UNIT}) (?:in)?to (?:the )?(?P<other>{_UNIT})\s*[.?!]?\s*\Z",
     re.IGNORECASE,
 )
@@ -246,8 +251,8 @@ def _said(answer: str, whole: Fraction) -> Iterator[tuple[Fraction, Fraction]]:
 
 
 def rounding_of(number: str) -> Fraction:
-    """How far a number as it is written may lie from what it stands for: one unit of its last decimal (3.33 and 3.34 may
-    both stand for 10 / 3), and nothing for a whole number."""
+    """How far a number as it is written may lie from what it stands for: one unit of its last decimal (3.33 and 3.34
+    may both stand for 10 / 3), and nothing for a whole number."""
     decimals = len(number.partition(".")[2])
     return Fraction(1, 10**decimals) if decimals else Fraction(0)
 

@@ -15,8 +15,8 @@ _DIGITS = 9  # of an operand: their product fits 64 bits
 
 
 def checkable(prompts: pa.Array, responses: pa.Array) -> npt.NDArray[np.bool_]:
-    """Rows (large_string each) of which `arithmetic.wrong_arithmetic` may say something: a response that holds an equation
-    which is not plainly right, or a short prompt that asks for a number."""
+    """Rows (large_string each) of which `arithmetic.wrong_arithmetic` may say something: a response that holds an
+    equation which is not plainly right, or a short prompt that asks for a number."""
     found = np.zeros(len(prompts), np.bool_)
     _, offsets, data = responses.buffers()
     if data is not None:
@@ -35,14 +35,15 @@ def _shorter(strings: pa.Array, most: int) -> Any:
 
 @compiled
 def _number_before(text, at, low):  # type: ignore[no-untyped-def]
-    """(value, place before it) of the whole number that ends at `at`; value -1 where there is none or it is too long."""
+    """(value, place before it) of the whole number that ends at `at`; value -1 where there is none or it is too
+    long."""
     value, unit, size = np.int64(0), np.int64(1), 0
     while at >= low and text[at] >= 48 and text[at] <= 57 and size < _DIGITS:
         value += unit * (np.int64(text[at]) - 48)
         unit *= 10
         size += 1
         at -= 1
-    whole = size > 0 and not (at >= low and (text[at] >= 48 and text[at] <= 57 or text[at] == 44 or text[at] == 46))
+    whole = size > 0 and not (at >= low and ((text[at] >= 48 and text[at] <= 57) or text[at] == 44 or text[at] == 46))
     return (value if whole else np.int64(-1)), at
 
 
@@ -64,7 +65,7 @@ def _plainly_right(text, low, at, end):  # type: ignore[no-untyped-def]
     left = at - 1
     if left >= low and text[left] == 32:
         left -= 1
-    if left < low or not (text[left] >= 48 and text[left] <= 57 or text[left] == 41):
+    if left < low or not ((text[left] >= 48 and text[left] <= 57) or text[left] == 41):
         return True
     right = at + 1
     if right < end and text[right] == 32:
@@ -73,7 +74,7 @@ def _plainly_right(text, low, at, end):  # type: ignore[no-untyped-def]
         return False
     if right < end and text[right] == 36:  # $
         right += 1
-    if right >= end or not (text[right] >= 48 and text[right] <= 57 or text[right] == 45 or text[right] == 46):
+    if right >= end or not ((text[right] >= 48 and text[right] <= 57) or text[right] == 45 or text[right] == 46):
         return True
     second, before = _number_before(text, left, low)
     spaced = before

@@ -49,7 +49,8 @@ def _repeats(said: Spans, threads: int) -> pa.Table:
 
 @compiled
 def _slot(key, stamp, size, slots):  # type: ignore[no-untyped-def]
-    """Where `key` lies or goes in a table of `size` (a power of two) slots, of which those of another stamp are free."""
+    """Where `key` lies or goes in a table of `size` (a power of two) slots, of which those of another stamp are
+    free."""
     keys, owners, _, _ = slots
     at = np.int64(mixed(key) & np.uint64(size - 1))
     while owners[at] == stamp and keys[at] != key:

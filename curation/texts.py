@@ -25,8 +25,9 @@ def texts(rows: pa.Table | pa.RecordBatch, which: View) -> pa.Array:
 def matching(strings: pa.Array, *patterns: str) -> npt.NDArray[np.bool_]:
     r"""Which strings have a match of any of the patterns (RE2: \w, \s and \b know ASCII alone), null as false.
 
-    The cheap first look of a judge: let the patterns find more than is wanted, and decide in Python on what they find. One
-    pass costs some 1 ns a byte, however many words a pattern lists. Patterns with gaps between words go by themselves.
+    The cheap first look of a judge: let the patterns find more than is wanted, and decide in Python on what they find.
+    One pass costs some 1 ns a byte, however many words a pattern lists. Patterns with gaps between words go by
+    themselves.
     """
     step = max(MATCHED_ROWS, -(-len(strings) // processors()))
     pieces = [strings.slice(start, step) for start in range(0, len(strings), step)]

@@ -17,9 +17,9 @@ Total = Callable[[PreTrainedTokenizerBase, pa.Table], list[int]]
 
 
 def token_counts(tokenizer: PreTrainedTokenizerBase, rows: pa.Table) -> pa.Table:
-    """Counts (schema COUNTS) of each row (schema ROW), in order: of the response (`chosen`, else the last assistant turn,
-    its end-of-turn token included; of a raw document all of it), of what comes before it, and of all that the row takes
-    in a pack: its longest example, of a preference pair both answers with their prompts. Null where there is no
+    """Counts (schema COUNTS) of each row (schema ROW), in order: of the response (`chosen`, else the last assistant
+    turn, its end-of-turn token included; of a raw document all of it), of what comes before it, and of all that the row
+    takes in a pack: its longest example, of a preference pair both answers with their prompts. Null where there is no
     assistant turn or the chat template refuses the conversation."""
     counts: list[Counts | None] = []
     for start in range(0, rows.num_rows, BATCH_ROWS):

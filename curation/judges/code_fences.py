@@ -15,12 +15,12 @@ _FENCE = re.compile(r"^[ \t>]*(?P<mark>`{3,}|~{3,})(?P<info>[^\n]*)$", re.MULTIL
 
 @dataclass(frozen=True)
 class CodeFences(Unmeasured):
-    """Drops rows whose response opens a Markdown code fence and never closes it: a cut answer, or one whose prose a reader
-    sees as code.
+    """Drops rows whose response opens a Markdown code fence and never closes it: a cut answer, or one whose prose a
+    reader sees as code.
 
     Fences as CommonMark has them: at least three backticks or tildes at a line's start (any indentation, so that lists
-    may hold code); the closing one is of the same kind, at least as long and bare. Reason: open_fence; evidence: {fence,
-    line (from 1)}. Of a preference row `chosen` is judged, of a raw document its text.
+    may hold code); the closing one is of the same kind, at least as long and bare. Reason: open_fence; evidence:
+    {fence, line (from 1)}. Of a preference row `chosen` is judged, of a raw document its text.
     """
 
     scope: ClassVar[Literal["row"]] = "row"

@@ -55,13 +55,15 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # C0 and C1 b
 # An escape that was never undone: "first line\nSecond line". Not a lower-case letter after it, as in LaTeX's \nu, \tan.
 _ESCAPE = re.compile(r"\\r?\\n|\\n(?=[A-Z\d\s*-]|\Z)|\\t(?=[A-Z\d\s])|\\u[0-9a-fA-F]{4}")
 _SPEAKS_OF_ESCAPES = re.compile(
-    r"[{};`=]|\b(?:print\w*|code|program|function|script|python|java\w*|regex\w*|regular|escape\w*|new ?lines?|string|split|json"
+    r"[{};`=]|\b(?:print\w*|code|program|function|script|python|java\w*|regex\w*|regular|escape\w*|new ?lines?"
+    r"|string|split|json"
     r"|unicode|cout|latex|c\+\+|sql|tabs?|character)\b|\\(?:frac|text|begin|left|cdot|times)",
     re.IGNORECASE,
 )
 _UNCLEAR = re.compile(  # a prompt that says nothing, or a template whose slots were never filled
     r"\A[\W_]*(?:(?:undefined|none|null|nan|todo|tbd|lorem ipsum|asdf\w*|instruction|input|n/?a)[\W_]*)?\Z"
-    r"|\A\W*(?:instruction|prompt|question)\W*\Z|^\s*(?:\{\{ ?\w+ ?\}\}|\{(?:instruction|input|prompt|question|text)\})\s*$",
+    r"|\A\W*(?:instruction|prompt|question)\W*\Z|^\s*(?:\{\{ ?\w+ ?\}\}|\{(?:instruction|input|prompt|question"
+    r"|text)\})\s*$",
     re.IGNORECASE | re.MULTILINE,
 )
 CLASSES = (
@@ -86,10 +88,12 @@ _LOOK_PROMPT = (
     r"(?i)no[ _-]?(?:in|out)put|<\s*(?:none|empty)|n/a[^a-z0-9\n]*$|instruction ?:|\[(?:insert|paste)",
     _LOOK_CONTROL,
     r"(?im)^\s*(?:\{\{ ?\w+ ?\}\}|\{(?:instruction|input|prompt|question|text)\})\s*$",
-    r"(?i)^[^a-z0-9]*(?:undefined|none|null|nan|todo|tbd|lorem ipsum|asdf\w*|instruction|input|n/?a|prompt|question)?[^a-z0-9]*$",
+    r"(?i)^[^a-z0-9]*(?:undefined|none|null|nan|todo|tbd|lorem ipsum|asdf\w*|instruction|input|n/?a|prompt"
+    r"|question)?[^a-z0-9]*$",
 )
 _LOOK_RESPONSE = (
-    r"(?i)no[ _-]?(?:in|out)put|n/a|instruction ?:|^[^!-~]*[\[<][^\n]*[\]>][^!-~]*$|[\[<](?:insert|paste)|\[(?:your|add|enter)"
+    r"(?i)no[ _-]?(?:in|out)put|n/a|instruction ?:|^[^!-~]*[\[<][^\n]*[\]>][^!-~]*$|[\[<](?:insert|paste)"
+    r"|\[(?:your|add|enter)"
     r"|```[^\n`]*\n\s*```|<code>\s*</code>|<pre>\s*</pre>|code (?:goes )?here",
     r"(?i)^[^a-z]*(?:your code|insert code|add code|code)|^[\[<]code",
     _LOOK_CONTROL,
@@ -102,16 +106,17 @@ Finder = Callable[[str, str], Defect]
 class Defects(Unmeasured):
     """Drops rows with a defect that no threshold is needed for (the ten classes of AlpacaDataCleaned, in English).
 
-    classes (each is a reason; default all but the last): empty_response; no_output (`<nooutput>`, `<noinput>` or "N/A" in place of
-    an answer); merged_instruction (the generator's next item follows the answer: "18. Instruction: …"); placeholder (the
-    answer holds "[insert …]" that the prompt did not ask for, or is itself "<image attached>"); noinput_marker (the
-    prompt ends in `<noinput>`, "No input" or "N/A": AlpacaDataCleaned removed the marker, here the row goes, 1.4 % of
-    Alpaca, as judges never rewrite); missing_content (the prompt is about a picture, a file, "the following article",
-    the page behind a bare URL or the web, which is not there); image_request ("Design a logo"); empty_code (an empty
-    code block, or "the following code snippet" with nothing after it); wrong_answer (arithmetic that can be checked: an
-    expression, a median, mean or sum, a change of units, "3 * 4 = 13"); unclear_instruction (a prompt without a word, or
-    a template whose slots were never filled); control_characters (C0 and C1); literal_escapes (a backslash and an n in
-    prose that stand for a line's end: so are two thirds of FLAN's chains of thought, which are better mended than lost).
+    classes (each is a reason; default all but the last): empty_response; no_output (`<nooutput>`, `<noinput>` or "N/A"
+    in place of an answer); merged_instruction (the generator's next item follows the answer: "18. Instruction: …");
+    placeholder (the answer holds "[insert …]" that the prompt did not ask for, or is itself "<image attached>");
+    noinput_marker (the prompt ends in `<noinput>`, "No input" or "N/A": AlpacaDataCleaned removed the marker, here the
+    row goes, 1.4 % of Alpaca, as judges never rewrite); missing_content (the prompt is about a picture, a file, "the
+    following article", the page behind a bare URL or the web, which is not there); image_request ("Design a logo");
+    empty_code (an empty code block, or "the following code snippet" with nothing after it); wrong_answer (arithmetic
+    that can be checked: an expression, a median, mean or sum, a change of units, "3 * 4 = 13"); unclear_instruction (a
+    prompt without a word, or a template whose slots were never filled); control_characters (C0 and C1); literal_escapes
+    (a backslash and an n in prose that stand for a line's end: so are two thirds of FLAN's chains of thought, which are
+    better mended than lost).
 
     "[Your Name]" under a letter is no defect: a draft may leave it open. Evidence: {matched, where: prompt | response}.
     Of a preference row the prompt and `chosen` are judged; of a raw document only whether it is empty.

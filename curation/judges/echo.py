@@ -13,8 +13,8 @@ from ..text import normal, words
 
 @dataclass(frozen=True)
 class Echo(Unmeasured):
-    """Drops rows whose response is the prompt in normal form (NFKC, case-folded, white space collapsed), or is letter by
-    letter the prompt's input: all that follows its first blank line.
+    """Drops rows whose response is the prompt in normal form (NFKC, case-folded, white space collapsed), or is letter
+    by letter the prompt's input: all that follows its first blank line.
 
     min_words: of the response (default 5): the answer to "Which is larger?" may be all of a short input. Reasons:
     answer_is_prompt, answer_copies_input. Where a sentence is to be corrected that has no fault a copy is the right

@@ -6,9 +6,10 @@ from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
+from ..flags import flagged
 from ..rows import digest
 from ..steps import Unmeasured, verdicts
-from ..text import VIEW_COLUMNS, contents, normal, prompt_of
+from ..text import VIEW_COLUMNS, contents, normal
 
 READ = (*VIEW_COLUMNS, "label")
 ROLES = {"system", "developer", "user", "assistant", "tool"}
@@ -68,11 +69,13 @@ class HeldOut(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Drops held-out rows with reason held_out."""
-        keep = [
-            untrainable(row, self.kind) is not None or not is_held_out(prompt_of(row), self.share)
-            for row in rows.to_pylist()
-        ]
-        return verdicts(keep, "held_out")
+        from ..texts import texts
+
+        prompts = texts(rows, "prompt").to_pylist()
+        drawn = [index for index, prompt in enumerate(prompts) if is_held_out(prompt, self.share)]
+        few = zip(drawn, rows.select(READ).take(pa.array(drawn, pa.int64())).to_pylist(), strict=True)
+        held_out = (index for index, row in few if untrainable(row, self.kind) is None)
+        return flagged(rows.num_rows, dict.fromkeys(held_out, ("held_out", None)))
 
 
 @dataclass(frozen=True)
@@ -86,5 +89,5 @@ class Trainable(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Drops rows with the reason that `untrainable` gives."""
-        reasons = [untrainable(row, self.kind) for row in rows.to_pylist()]
+        reasons = [untrainable(row, self.kind) for row in rows.select(READ).to_pylist()]
         return verdicts([reason is None for reason in reasons], reasons)

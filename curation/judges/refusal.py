@@ -128,22 +128,27 @@ def refusal(prompt: str, response: str) -> dict[str, str] | None:
 
 
 _BOILERPLATE: dict[str, str] = {  # English; matched from the response's first word, anywhere, or in its last words
-    "opening": r"\A\W*(?:sure(?: thing)?|certainly|absolutely|of course|definitely|great question|good question|no problem"
+    "opening": r"\A\W*(?:sure(?: thing)?|certainly|absolutely|of course|definitely|great question|good question"
+    r"|no problem"
     r"|okay|i(?:'d| would) be (?:happy|glad|delighted) to)\b[^\n.!?:]{0,20}(?:[,!.:]|-|—|\bto\b|\bhelp\b)[^\n]{0,20}?"
-    r"(?:\b(?:here(?:'s| is| are)|let me|let's|i(?:'d| would) be|i(?:'ll| will| can)|below (?:is|are)|help(?: you)?)\b)",
+    r"(?:\b(?:here(?:'s| is| are)|let me|let's|i(?:'d| would) be|i(?:'ll| will| can)|below (?:is|are)"
+    r"|help(?: you)?)\b)",
     "as_an_ai": rf"\b(?:as an? {_AI}(?:,| (?=i\b)).{{0,60}}?\b(?:i|my|me)\b|my (?:training data|knowledge cut-?off)\b"
     r"|(?:created|trained|developed) by openai\b|i am chatgpt\b)",
     "closing": r"(?:\bi? ?hope (?:this|that|it|these)(?: \w+){0,2} (?:helps?|useful|helpful|answers)\b"
     r"|\blet me know (?:if|how|what) (?:you|there|i)\b|\bfeel free to (?:ask|reach out|let me)\b"
     r"|\b(?:if you have|do you have) any (?:other|more|further|additional|questions)\b"
-    r"|\b(?:is there )?anything else (?:i can|you(?:'d| would) like|you need)\b|\bdon't hesitate to\b)[^\n]{0,100}\W*\Z",
+    r"|\b(?:is there )?anything else (?:i can|you(?:'d| would) like|you need)\b"
+    r"|\bdon't hesitate to\b)[^\n]{0,100}\W*\Z",
 }
 BOILERPLATE = tuple(_BOILERPLATE)
 _BOILERPLATE_RULES = _compiled(_BOILERPLATE)
 _TAIL = 240  # characters of the response in which a closing is looked for
 _LOOK_BOILERPLATE = (
-    r"(?i)^[^a-z]*(?:sure|certainly|absolutely|of course|definitely|great question|good question|no problem|okay|i.d be|i would"
-    r" be)|\bas[^!-~]an? |training data|knowledge cut|openai|chatgpt|\bhope |let me know|feel free|if you have|do you have"
+    r"(?i)^[^a-z]*(?:sure|certainly|absolutely|of course|definitely|great question|good question|no problem|okay"
+    r"|i.d be|i would"
+    r" be)|\bas[^!-~]an? |training data|knowledge cut|openai|chatgpt|\bhope |let me know|feel free|if you have"
+    r"|do you have"
     r"|anything else|hesitate"
 )
 
@@ -155,8 +160,8 @@ class Boilerplate(Unmeasured):
     classes (default all; each is a reason): opening ("Sure! Here is", "I'd be happy to help"), as_an_ai ("As an AI
     language model, I" anywhere), closing ("I hope this helps", "Let me know if you have any questions" in the last 240
     characters). Kept where the prompt asks for such words (a letter, a dialogue) or, for as_an_ai, about machines. Of a
-    preference row `chosen` is judged; a raw document is kept. Evidence: {matched}. Answers of today's assistants open so
-    by the thousand: look at the funnel before you drop them.
+    preference row `chosen` is judged; a raw document is kept. Evidence: {matched}. Answers of today's assistants open
+    so by the thousand: look at the funnel before you drop them.
     """
 
     classes: tuple[str, ...] = BOILERPLATE

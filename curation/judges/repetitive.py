@@ -18,13 +18,13 @@ _REASONS = ("loop", "repeated_lines", "repeated_ngrams", "frequent_ngram", "not_
 
 @dataclass(frozen=True)
 class Repetitive:
-    """Drops rows whose response repeats itself (measure Repetition; Gopher, arXiv 2112.11446, has 0.18 and 0.10 where the
-    defaults here are 0.6: web pages must not repeat, while tables, code and lists of an answer may).
+    """Drops rows whose response repeats itself (measure Repetition; Gopher, arXiv 2112.11446, has 0.18 and 0.10 where
+    the defaults here are 0.6: web pages must not repeat, while tables, code and lists of an answer may).
 
-    loop: highest share of the text that may be a loop at its end, 0.3 by default. lines: of repeated lines, 0.5. ngrams:
-    of words in repeated 10-grams, 0.6. frequent: of words in the most frequent 3-gram, 0.6. min_words: shorter texts are
-    judged by the loop alone, 50 by default. Reasons: loop, repeated_lines, repeated_ngrams, frequent_ngram. Evidence:
-    {share, words}. All shares are kept beside the verdicts, so that other limits cost nothing.
+    loop: highest share of the text that may be a loop at its end, 0.3 by default. lines: of repeated lines, 0.5.
+    ngrams: of words in repeated 10-grams, 0.6. frequent: of words in the most frequent 3-gram, 0.6. min_words: shorter
+    texts are judged by the loop alone, 50 by default. Reasons: loop, repeated_lines, repeated_ngrams, frequent_ngram.
+    Evidence: {share, words}. All shares are kept beside the verdicts, so that other limits cost nothing.
     """
 
     loop: float = 0.3

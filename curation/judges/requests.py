@@ -64,8 +64,10 @@ _DRAWN = (
     r"|gifs?|icons?|cartoons?|collages?|wallpapers?|animations?|graphics?|flyers?|album cover|book cover|coloring page)"
 )
 _NOT_DRAWN = (  # what a text model can make of it after all
-    r"(?!'|-| of the (?:planet|situation|future)| (?:description|caption|prompt|idea|concept|slogan|title|tag ?line|name"
-    r"|text|script|program|app\b|gallery|viewer|editor|class|processing|recognition|classif|generator|novel|book|strip|card|design(?:er| brief| program)"
+    r"(?!'|-| of the (?:planet|situation|future)| (?:description|caption|prompt|idea|concept|slogan|title"
+    r"|tag ?line|name"
+    r"|text|script|program|app\b|gallery|viewer|editor|class|processing|recognition|classif|generator|novel|book"
+    r"|strip|card|design(?:er| brief| program)"
     r"|file|files|format|upload|in (?:html|css|svg|ascii|words)|using (?:html|css|svg|ascii|python|words|java)))"
 )
 _REQUESTS: dict[str, str] = {
@@ -75,21 +77,28 @@ _REQUESTS: dict[str, str] = {
     rf"|(?:sketch|design|create|generate|produce|make|render) {_SOME}(?:(?!{_DRAWN}\b)[\w-]+ ){{0,3}}?{_DRAWN}\b"
     rf"{_NOT_DRAWN})",
     "audio_video": rf"{_START}(?:(?:play|stream) {_SOME}(?:[\w']+ ){{0,4}}?(?:song|music|video|track|album|playlist"
-    r"|podcast|audio)\b|(?:transcribe|listen to|watch|caption) (?:the|this|an?) (?:\w+ ){0,2}(?:audio|video|recording|clip"
-    rf"|podcast)\b|(?:create|make|record|produce|generate|edit) {_SOME}(?:(?!video)[\w-]+ ){{0,3}}?(?:video|audio|recording"
+    r"|podcast|audio)\b|(?:transcribe|listen to|watch|caption) (?:the|this|an?) (?:\w+ ){0,2}(?:audio|video"
+    r"|recording|clip"
+    rf"|podcast)\b|(?:create|make|record|produce|generate|edit) {_SOME}(?:(?!video)[\w-]+ ){{0,3}}?(?:video"
+    rf"|audio|recording"
     r"|podcast|soundtrack|voice ?over)s?\b(?!'|-| (?:games?|script|title|idea|description|essay|game\b|outline|name"
     r"|lesson plan|plan|concept|store|player|topic|summary|conferenc|tutorial on|ad script|streaming|production|editing"
     r"|episode|series|company|sharing|platform|rental|website|app\b|content)))",
-    "browse": rf"{_START}(?:(?:search|browse|surf) (?:(?:on|in|through) )?(?:the )?(?:web|internet|google|online)\b(?! (?:safely|engine"
-    r"|app|page|server|site|histor|advert|brows))|(?:look|find|check) (?:\w+ ){0,6}(?:online|on (?:the )?(?:internet|web"
+    "browse": rf"{_START}(?:(?:search|browse|surf) (?:(?:on|in|through) )?(?:the )?(?:web|internet|google"
+    rf"|online)\b(?! (?:safely|engine"
+    r"|app|page|server|site|histor|advert|brows))|(?:look|find|check) (?:\w+ ){0,6}(?:online"
+    r"|on (?:the )?(?:internet|web"
     r"|google))\s*[.?!]?\s*\Z"
     rf"|google (?:the|for)|(?:what(?:'s| is| are)|tell me|find|give me|get|show me|report|check|look up|provide"
-    r") (?:me )?(?:the )?(?:(?:current|latest|live|real-time) |today's )(?:\w+ ){0,2}(?:weather|temperature|stock price|price"
+    r") (?:me )?(?:the )?(?:(?:current|latest|live|real-time) |today's )(?:\w+ ){0,2}(?:weather|temperature"
+    r"|stock price|price"
     r"|news|scores?|exchange rate|traffic|forecast|time in)\b)"
     r"|\bweather (?:forecast )?(?:like )?(?:for|in) (?:\w+ ){1,3}(?:today|tomorrow|right now|now)\b",
-    "device": rf"{_START}(?:(?:set|create|add) {_SOME}(?:\w+ ){{0,2}}?(?:alarm|reminder|timer|calendar event) (?:for|to|at|in)"
+    "device": rf"{_START}(?:(?:set|create|add) {_SOME}(?:\w+ ){{0,2}}?(?:alarm|reminder|timer"
+    rf"|calendar event) (?:for|to|at|in)"
     r"\b|(?:send|forward) (?:an? |the |this )(?:e-?mail|text|sms|text message|message) to\b|(?:book|order|reserve"
-    r") (?:me )?(?:an? )(?:\w+ ){0,2}?(?:flight|ticket|hotel room|hotel|table|pizza|taxi|cab|ride)\b(?! (?:system|app|form))"
+    r") (?:me )?(?:an? )(?:\w+ ){0,2}?(?:flight|ticket|hotel room|hotel|table|pizza|taxi|cab"
+    r"|ride)\b(?! (?:system|app|form))"
     r"|(?:turn|switch) (?:on|off) (?:the|my) |(?:increase|decrease|change|set) the (?:font size|volume|brightness"
     r"|screen)\b)",
 }
@@ -102,17 +111,20 @@ _AS_TEXT = re.compile(  # of pictures, music and tools there is much that a text
 )
 CLASSES = ("url_content", "attached_content", "image_output", "audio_video", "browse", "device")
 
-# What RE2 looks for before Python looks closely: a word of each rule that no match can be without. Two gaps in one pattern
-# would multiply the states of RE2's automaton (19 µs a row instead of 1), so those with a gap stand alone.
+# What RE2 looks for before Python looks closely: a word of each rule that no match can be without. Two gaps in one
+# pattern would multiply the states of RE2's automaton (19 µs a row instead of 1), so those with a gap stand alone.
 _NO_TEXT = r"[^:\"“”`\[\](){}<>=|\n]*"
 LOOK = (
     r"(?i)(?:https?://|www\.)\S*\s*$",
     rf"(?im)^(?:!\[|[<\[(][^\n]*{MEDIA}|[<\[]insert)",
     rf"(?i)^{_NO_TEXT}following {_NO_TEXT}$",
     r"(?i)draw|paint|illustrat|photoshop|\b(?:image|pictures?\b|photo|logo|poster|infographic|meme|gif|icon|cartoon|collage"
-    r"|wallpaper|animation|graphic|flyer)|(?:album|book) cover|coloring page|(?:song|music|video|track|album|playlist|podcast"
-    r"|audio|recording|clip|soundtrack|voice ?over)s?\b|\b(?:web|internet|google|online|weather|temperature|stock|exchange"
-    r"|traffic|forecast|alarm|reminder|timer|calendar)|(?:current|latest|live|time|day.s) (?:\w+ )?(?:price|news|score|time)"
+    r"|wallpaper|animation|graphic|flyer)|(?:album|book) cover|coloring page|(?:song|music|video|track|album"
+    r"|playlist|podcast"
+    r"|audio|recording|clip|soundtrack|voice ?over)s?\b|\b(?:web|internet|google|online|weather|temperature"
+    r"|stock|exchange"
+    r"|traffic|forecast|alarm|reminder|timer|calendar)|(?:current|latest|live|time|day.s) (?:\w+ )?(?:price|news"
+    r"|score|time)"
     r"|(?:send|forward) (?:an?|the|this) (?:e-?mail|text|sms|message)|(?:book|order|reserve) (?:me )?an? "
     r"|(?:turn|switch) (?:on|off) (?:the|my)|(?:increase|decrease|change|set) the (?:font|volume|bright|screen)",
 )
@@ -120,13 +132,14 @@ LOOK = (
 
 @dataclass(frozen=True)
 class UnservableRequest(Unmeasured):
-    """Drops rows whose prompt a text model cannot serve, since what it speaks of is not there or it wants more than text.
+    """Drops rows whose prompt a text model cannot serve, since what it speaks of is not there or it wants more than
+    text.
 
     classes (default all; English): url_content (asks about the page behind a bare address), attached_content ("<image
     attached>", or "the following article" with nothing after it), image_output ("Design a logo"), audio_video ("Play
     some jazz"), browse ("the latest news", "search the web"), device ("Set an alarm for 7"). The class is the reason;
-    evidence: {matched}. Requests for a description, a script, code or lyrics are kept. A raw document is kept, and so is
-    a row with `tools` or tool calls: it may have what it takes. Found by AlpacaDataCleaned to teach invention.
+    evidence: {matched}. Requests for a description, a script, code or lyrics are kept. A raw document is kept, and so
+    is a row with `tools` or tool calls: it may have what it takes. Found by AlpacaDataCleaned to teach invention.
     """
 
     classes: tuple[str, ...] = CLASSES
@@ -155,10 +168,8 @@ def known_classes(judge: object, asked: Sequence[str], known: Sequence[str]) -> 
     """A HouseError where a class is unknown or none is asked for."""
     unknown = [name for name in asked if name not in known]
     if unknown or not asked:
-        raise HouseError(
-            f"{type(judge).__name__}: classes {list(asked)} {'are none' if not asked else f'name unknown ones {unknown}'};"
-            f" take some of {', '.join(known)}"
-        )
+        fault = f"name unknown ones {unknown}" if unknown else "are none"
+        raise HouseError(f"{type(judge).__name__}: classes {list(asked)} {fault}; take some of {', '.join(known)}")
 
 
 def request(prompt: str, classes: Sequence[str] = CLASSES) -> tuple[str, str] | None:

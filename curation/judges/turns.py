@@ -32,8 +32,8 @@ class RoleOrder(Unmeasured):
     """Drops conversations whose roles stand in an order that no chat template was made for.
 
     System and developer turns come first; user and assistant alternate (a tool turn follows an assistant's or another
-    tool turn, and an assistant's follows it); the last turn is the assistant's unless `ends_with_assistant` is false. Of
-    a preference or KTO row `chosen`, and then `rejected`, continue the messages. Reasons: unknown_role,
+    tool turn, and an assistant's follows it); the last turn is the assistant's unless `ends_with_assistant` is false.
+    Of a preference or KTO row `chosen`, and then `rejected`, continue the messages. Reasons: unknown_role,
     system_not_first, not_alternating, starts_with_assistant, stray_tool_turn, ends_without_assistant. Evidence: {field,
     turn (from 0), role, after}. Raw documents are kept.
     """
@@ -149,7 +149,7 @@ def _empty(column: pa.Array) -> list[tuple[int, int, str | None]]:
     """Row, turn and role of the turns that say nothing, of each row the first."""
     from ..texts import blank
 
-    codes, first, last, valid = _codes(column)
+    codes, first, last, _ = _codes(column)
     if not len(codes):
         return []
     offsets = column.offsets.to_numpy().astype(np.int64)

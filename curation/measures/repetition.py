@@ -16,9 +16,9 @@ class Repetition:
 
     view: response (default), prompt or pair. words: how many there are. top_2gram, top_3gram, top_4gram: share of the
     words that lie in the most frequent n-gram, 0 where none occurs twice. repeated_5gram, repeated_10gram: share of the
-    words in n-grams that occur more than once. repeated_lines: share of the bytes in lines that came before. loop: share
-    of the bytes in the text's end that goes round in a circle of at most 400 bytes, four turns at least, as a model does
-    that cannot stop. An answer that is a loop from the first word on has 1.0 in all. No nulls.
+    words in n-grams that occur more than once. repeated_lines: share of the bytes in lines that came before. loop:
+    share of the bytes in the text's end that goes round in a circle of at most 400 bytes, four turns at least, as a
+    model does that cannot stop. An answer that is a loop from the first word on has 1.0 in all. No nulls.
     """
 
     view: View = "response"

@@ -11,7 +11,8 @@ from ..steps import Tools
 
 @dataclass(frozen=True)
 class TokenLength:
-    """Tokens of a row as the trainer counts them: under the tokenizer and the chat template of the recipe's model `model`.
+    """Tokens of a row as the trainer counts them: under the tokenizer and the chat template of the recipe's model
+    `model`.
 
     response_tokens: of the last assistant turn (of a preference row `chosen`, of a raw document all of it), the token
     that ends the turn included. prompt_tokens: of all that comes before, the template's own tokens included.

@@ -1,4 +1,5 @@
-"""Rows of the real data sets, as reading makes them, for tests that compare a compiled judge with its plain definition."""
+"""Rows of the real data sets, as reading makes them, for tests that compare a compiled judge with its plain
+definition."""
 
 from functools import lru_cache
 from itertools import islice

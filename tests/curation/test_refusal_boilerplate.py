@@ -56,10 +56,10 @@ def test_classes_must_be_known() -> None:
     "name", ["alpaca_gpt4_partial", "ultrafeedback_sample1000", "hh_rlhf_harmless_test", "dolly_sample2000"]
 )
 def test_the_quick_look_misses_nothing(data: Path, name: str) -> None:
-    rows = real_rows(data, name)
+    rows = real_rows(data, name, 5000)
     said = [*zip(view(rows, "prompt"), view(rows, "response"), strict=True)]
     phrases = [boilerplate(*pair) for pair in said]
     assert Boilerplate().judge(rows, rows)["reason"].to_pylist() == [one and one[0] for one in phrases]
     declined = [refusal(*pair) is None for pair in said]
     assert Refusal().judge(rows, rows)["keep"].to_pylist() == declined
-    assert 0 < declined.count(False)
+    assert declined.count(False) > 0
