@@ -1,5 +1,6 @@
 """Training rows that are near a held-out row go, so that evaluation measures what was not trained on."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,6 +13,7 @@ from ..survivors import drops, json_column, row_ids
 from ..text import VIEW_COLUMNS, View
 
 _VIEWS: tuple[View, ...] = ("pair", "prompt")
+GROUP_ROWS = 50_000  # training rows looked at together, at least
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class NearHeldOut(Unmeasured):
     bands are chosen so that a pair at the threshold is found with probability 0.989, each verified. ngram: words of a
     shingle; shorter texts are one shingle, near only to the same words. Reason `near_held_out`, score the similarity,
     evidence {held_out: row_id, similarity, view: pair or prompt, whichever is nearer}. Without held-out rows all stay.
-    Holds some 16 bytes a word and 450 a row.
+    Holds the held-out rows, and of the training rows 50,000 at a time or twice the held-out, at some 4 kB a row.
     """
 
     threshold: float = 0.7
@@ -42,25 +44,26 @@ class NearHeldOut(Unmeasured):
 
     def judge(self, corpus: Corpus) -> pa.Table:
         from ..minhash import banding, near_pairs_between
-        from ..shingles import joined, shingle_sets
+        from ..shingles import shingle_sets
 
         held = list(corpus.held_out(VIEW_COLUMNS))
         nearest = np.full(corpus.rows, -1, np.int64)
         view, similarity = np.zeros(corpus.rows, np.int64), np.zeros(corpus.rows)
-        if held:
-            parts, seen = [], 0
-            for rows in corpus.tables(VIEW_COLUMNS):
-                parts.append([shingle_sets(rows, which, self.ngram) for which in _VIEWS])
-                seen += rows.num_rows
-                corpus.progress(seen, corpus.rows)
+        test = [shingle_sets(held, which, self.ngram) for which in _VIEWS] if held else []
+        start = 0
+        for group in _groups(corpus.tables(VIEW_COLUMNS), sum(rows.num_rows for rows in held)) if test else ():
+            size = sum(rows.num_rows for rows in group)
+            here = slice(start, start + size)
             for index, which in enumerate(_VIEWS):
-                train = joined([part[index] for part in parts])
-                test = shingle_sets(held, which, self.ngram)
-                out, row, near = near_pairs_between(test, train, self.threshold, *banding(self.threshold))
+                train = shingle_sets(group, which, self.ngram)
+                out, row, near = near_pairs_between(test[index], train, self.threshold, *banding(self.threshold))
                 best = np.lexsort((out, -near, row))
                 best = best[np.unique(row[best], return_index=True)[1]]
-                best = best[near[best] > similarity[row[best]]]
-                nearest[row[best]], similarity[row[best]], view[row[best]] = out[best], near[best], index
+                best = best[near[best] > similarity[here][row[best]]]
+                at = start + row[best]
+                nearest[at], similarity[at], view[at] = out[best], near[best], index
+            start += size
+            corpus.progress(start, corpus.rows)
         dropped = np.flatnonzero(nearest >= 0)
         evidence = json_column(
             {
@@ -70,3 +73,15 @@ class NearHeldOut(Unmeasured):
             }
         )
         return drops(corpus.rows, dropped, "near_held_out", similarity[dropped], evidence)
+
+
+def _groups(tables: Iterable[pa.Table], held: int) -> Iterator[list[pa.Table]]:
+    """Consecutive tables of GROUP_ROWS rows or more: twice the held-out rows, which each group is compared with."""
+    group: list[pa.Table] = []
+    for table in tables:
+        group.append(table)
+        if sum(one.num_rows for one in group) >= max(GROUP_ROWS, 2 * held):
+            yield group
+            group = []
+    if group:
+        yield group
