@@ -12,6 +12,7 @@ from rich.text import Text
 from .text import pair_of, words
 
 MOST_WORDS = 120  # of each side that are shown
+TWINS = {"duplicate_of": "the row that stays", "held_out": "the row that is held out"}  # evidence that names a row
 CONTEXT = 80  # characters shown on either side of a match
 
 
@@ -20,9 +21,10 @@ def pictures(
 ) -> Iterator[RenderableType]:
     """What shows the evidence: two texts side by side where it names a duplicate whose row is in `others`, and the
     row's own text around what was `matched` (or the `ngram`)."""
-    twin = others.get(str(evidence.get("duplicate_of")))
-    if twin is not None:
-        yield side_by_side(pair_of(row), pair_of(twin))
+    for name, title in TWINS.items():
+        twin = others.get(str(evidence.get(name)))
+        if twin is not None:
+            yield side_by_side(pair_of(row), pair_of(twin), title)
     matched = evidence.get("matched", evidence.get("ngram"))
     if isinstance(matched, str):
         found = highlighted(pair_of(row), matched)
@@ -30,7 +32,7 @@ def pictures(
             yield found
 
 
-def side_by_side(mine: str, other: str) -> Table:
+def side_by_side(mine: str, other: str, title: str = TWINS["duplicate_of"]) -> Table:
     """Both texts, the words that only one of them has in bold; from a little before the first difference on where they
     are long."""
     left, right = mine.split(), other.split()
@@ -41,7 +43,7 @@ def side_by_side(mine: str, other: str) -> Table:
     first = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
     start = max(0, first - MOST_WORDS // 3) if max(len(left), len(right)) > MOST_WORDS else 0
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
-    for name in ("this row", "the row that stays"):
+    for name in ("this row", title):
         table.add_column(Text(name, style="cyan"), ratio=1, overflow="fold")
     table.add_row(_marked(left, same[0], start), _marked(right, same[1], start))
     return table

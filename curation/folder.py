@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,15 @@ import pyarrow.parquet as pq
 
 class HouseError(Exception):
     """An error whose message is for the user: what was wrong, where, and what to do. Shown without a traceback."""
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Puts `what` before the message of a HouseError inside the block: a path alone does not say whose it is."""
+    try:
+        yield
+    except HouseError as error:
+        raise HouseError(f"{what}: {error}") from error
 
 
 class RunFolder:
@@ -39,6 +48,13 @@ class RunFolder:
     def stage(self, name: str) -> Path:
         """Folder of one training stage: run.json, metrics.jsonl, checkpoints/, adapter/, row_losses/."""
         return self.root / name
+
+
+def stored_folder(out: str | Path) -> RunFolder:
+    """The folder of a run, with the cache that the run was given."""
+    path = Path(out) / "started.json"
+    shared = read_json(path).get("cache") if path.is_file() else None
+    return RunFolder(out, None if shared is None else Path(os.path.normpath(Path(out) / shared)))
 
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no room, no quota, larger than a file may be
@@ -134,6 +150,18 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return value
+
+
+def read_parquet(path: Path, names: Sequence[str], mend: str) -> pa.Table:
+    """The Parquet file at `path`. A HouseError that ends with `mend` where it is damaged or lacks a column of `names`."""
+    try:
+        found = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise HouseError(f"{path} cannot be read: {str(error).splitlines()[0]}. {mend}") from error
+    lacking = [name for name in names if name not in found.column_names]
+    if lacking:
+        raise HouseError(f"{path} has no column {', '.join(lacking)}; it has {', '.join(found.column_names)}. {mend}")
+    return found
 
 
 def write_parquet(path: Path, table: pa.Table, group_rows: int = GROUP_ROWS) -> None:

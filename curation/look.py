@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from .explain import pictures
+from .explain import TWINS, pictures
 from .folder import HouseError, RunFolder
 from .text import prompt_of, response_of
 from .views import Json, connect, query, sets, sources, steps
@@ -150,7 +150,7 @@ def _set_table(one: SetFunnel, width: int) -> Table:
     for step in one.steps:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in step["reasons"].items())
         counts = (step["came"], step["made"] or "", step["kept"], step["dropped"] or "")
-        judge = cut(step["judge"], max(20, (width - 44) // 2))
+        judge = cut(step.get("brief", step["judge"]), max(20, (width - 44) // 2))
         table.add_row(Text(str(step["step"])), *_cells(judge, *counts, reasons))
     return table
 
@@ -195,6 +195,10 @@ class Verdict:
         """The verdict in words, without its evidence."""
         said = "kept" if self.keep else "dropped"
         said += f": {self.reason}" if self.reason else ""
+        if self.reason == "not_scorable":
+            said += (
+                f", for it has no {self.measure or 'score'} (nothing to measure, or longer than the model's context)"
+            )
         if self.score is None:
             return said
         said += f"; {self.measure or 'score'} {self.score:.6g}"
@@ -318,22 +322,33 @@ def verdict_of(con: Any, step: Mapping[str, Any], one: Mapping[str, Any], *, gro
     """One record of the view `verdicts` with what its step (step.json) and the rows it names add to it. group: also who
     else is in its cluster or group of duplicates, which reads all verdicts."""
     evidence = json.loads(one["evidence"] or "{}")
+    low, high = step["limits"]
+    if group and (low, high) == (None, None) and "rank" in evidence:
+        low, high = _cuts(con, one)
     members, size = _members(con, one, evidence) if group else ((), 0)
     return Verdict(
         set=one["set"],
         step=one["step"],
         name=step["name"],
-        judge=one["judge"],
+        judge=step.get("brief", one["judge"]),
         keep=one["keep"],
         reason=one["reason"],
         score=one["score"],
         measure=step["score"],
-        limits=(step["limits"][0], step["limits"][1]),
+        limits=(low, high),
         evidence=evidence,
         texts=_texts(con, evidence, members),
         members=members,
         group=size,
     )
+
+
+def _cuts(con: Any, one: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """Lowest and highest score that a judge of ranks kept, as the evidence of what it dropped states them (`cut`)."""
+    cut_of = "any_value(try_cast(json_extract_string(evidence, '$.cut') AS DOUBLE)) FILTER (ends_with(reason, ?))"
+    sql = f'SELECT {cut_of}, {cut_of} FROM stored WHERE "set" = ? AND step = ? AND NOT keep'
+    low, high = con.execute(sql, ["_low", "_high", one["set"], one["step"]]).fetchone()
+    return low, high
 
 
 def _texts(con: Any, evidence: Mapping[str, Any], members: Sequence[str] = ()) -> dict[str, str]:
@@ -419,9 +434,7 @@ def print_why(folder: RunFolder, row_id: str, console: Console | None = None) ->
     console = console or wide_console()
     with connect(folder) as con:
         found = life(con, folder, row_id)
-        twins = [
-            str(verdict.evidence["duplicate_of"]) for verdict in found.verdicts if "duplicate_of" in verdict.evidence
-        ]
+        twins = [str(one.evidence[name]) for one in found.verdicts for name in TWINS if name in one.evidence]
         others = {row["row_id"]: row for row in rows_of(con, twins)}
     tree = Tree(Text(f"row {found.row['row_id']}", style="bold"))
     _show_text(tree, found.row)

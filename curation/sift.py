@@ -42,7 +42,7 @@ from .ledger import (
 from .overrides import Overrides, apply_overrides
 from .pool import INLINE, Pool
 from .rows import PART_GROUP, ROW, digest
-from .steps import CorpusJudge, Maker, RowJudge, Tools, verdicts
+from .steps import CorpusJudge, Maker, RowJudge, Tools, brief, verdicts
 from .text import prompt_of
 
 AnyStep = RowJudge | CorpusJudge | Maker | Overrides
@@ -178,7 +178,8 @@ def _do(step: AnyStep, live: "LiveRows", work: Path) -> StepRecord:
     judge = step if step.scope == "row" or step.scope == "corpus" else None
     keys = [] if judge is None else [measure_key(measure, live.tools) for measure in judge.needs]
     return {
-        "set": plan.name, "step": index, "name": type(step).__name__, "judge": repr(step), "scope": step.scope,
+        "set": plan.name, "step": index, "name": type(step).__name__, "judge": repr(step), "brief": brief(step),
+        "scope": step.scope,
         "came": before.rows, "made": added, "kept": after.rows, "dropped": dropped,
         "reasons": reasons(read_verdicts(work, ["keep", "reason"])),
         "score": None if judge is None else judge.score,

@@ -9,7 +9,7 @@ import inspect
 import json
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -201,6 +201,17 @@ def columns_read(judge: RowJudge) -> tuple[str, ...]:
     """Columns of ROW that `judge` reads: its `reads`, a ClassVar that a judge of measured values alone sets to (), else
     all. It is then handed `rows` of the right number without other columns."""
     return tuple(getattr(judge, "reads", ROW.names))
+
+
+def brief(step: Any) -> str:
+    """A step as its recipe says it: its class name and the fields that are not their defaults."""
+    said = []
+    for one in fields(step):
+        value = getattr(step, one.name)
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        if value != default:
+            said.append(f"{one.name}={brief(value) if is_dataclass(value) else repr(value)}")
+    return f"{type(step).__name__}({', '.join(said)})"
 
 
 def find_steps() -> dict[str, type[Any]]:

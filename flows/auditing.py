@@ -133,12 +133,11 @@ def _typed() -> str:
 
 
 def _chat(folder: RunFolder, model: str) -> ChatModel:
-    from .deciding import run_folder, stored_recipe
+    from .deciding import stored_recipe
     from .models import Workshop
     from .recipe import load_text
 
-    whole = run_folder(folder.root)
-    return Workshop(load_text(stored_recipe(whole), str(whole.recipe)), whole).chat(model)
+    return Workshop(load_text(stored_recipe(folder), str(folder.recipe)), folder).chat(model)
 
 
 # ---- where labels come from

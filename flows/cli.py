@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..curation.folder import HouseError, RunFolder
+from ..curation.folder import HouseError, RunFolder, stored_folder
 
 app = typer.Typer(
     name="gristmill",
@@ -186,7 +186,7 @@ def sql(folder: FOLDER, query: Annotated[str, typer.Argument(help='Such as "sele
 def _run_folder(folder: Path) -> RunFolder:
     if not (folder / "rows").is_dir():
         raise HouseError(f"{folder} is not a run's folder: it holds no rows/. Give the --out of a run")
-    return RunFolder(folder)
+    return stored_folder(folder)
 
 
 @app.command()

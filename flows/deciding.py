@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..curation.decide import Again, SetAgain
 from ..curation.decide import decide as decide_set
-from ..curation.folder import HouseError, RunFolder, read_json
+from ..curation.folder import HouseError, RunFolder, read_json, stored_folder
 from .models import Workshop, set_plan
 from .progress import Silent
 from .recipe import Recipe, load_text
@@ -40,7 +40,7 @@ def decide(out: str | Path, overrides: Sequence[str]) -> Decision:
     Raises HouseError where the change is of another kind than thresholds, quotas and budgets, or the run is not
     finished."""
     started = time.monotonic()
-    folder = run_folder(out)
+    folder = stored_folder(out)
     text = stored_recipe(folder)
     old, new = (load_text(text, str(folder.recipe), changes) for changes in ((), overrides))
     shop = Workshop(new, folder)
@@ -63,7 +63,7 @@ def write_release(out: str | Path, decision: Decision, new: str | Path, show: Si
     manifests name the release before."""
     from .run import run
 
-    old, fresh = run_folder(out), Path(new)
+    old, fresh = stored_folder(out), Path(new)
     if fresh.exists() and any(fresh.iterdir()):
         raise HouseError(f"{fresh} is not empty: a new release wants a folder of its own")
     names = [source.name for source in decision.recipe.sources]
@@ -72,13 +72,6 @@ def write_release(out: str | Path, decision: Decision, new: str | Path, show: Si
         for path in sorted(path for name in names for path in _of_source(room, name)):
             _link(path, fresh / room.name / path.name)
     run(decision.recipe, fresh, cache=old.measures.parent, parts="curate", previous=str(old.root.name), show=show)
-
-
-def run_folder(out: str | Path) -> RunFolder:
-    """The folder of a run, with the cache that the run was given."""
-    path = Path(out) / "started.json"
-    shared = read_json(path).get("cache") if path.is_file() else None
-    return RunFolder(out, None if shared is None else Path(os.path.normpath(Path(out) / shared)))
 
 
 def stored_recipe(folder: RunFolder) -> str:

@@ -14,6 +14,7 @@ from ..curation.folder import HouseError, RunFolder
 from ..curation.ledger import State
 from ..curation.rows import digest as digest_of
 from ..curation.sift import SetPlan, full_steps, held_out_rows, state_before, step_name
+from ..tuning.digests import model_digest
 from ..tuning.hub import model_folder
 from .progress import Done, interrupts_wait
 from .recipe import Curate, Recipe, plain
@@ -160,9 +161,6 @@ class Workshop:
 
     def digest(self, model: str) -> str:
         if model not in self.digests:
-            with interrupts_wait():
-                from ..tuning.models import model_digest
-
             home, adapter = self.where(model)
             base = model_digest(home)
             self.digests[model] = base if adapter is None else f"{base}+{model_digest(adapter)}"

@@ -59,7 +59,8 @@ class Terminal(Silent):
         from rich.progress import Progress as Bars
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Bars(*columns, TimeRemainingColumn(), console=self.console, transient=True) as bars:
+        how: dict[str, Any] = {"console": self.console, "transient": True, "speed_estimate_period": 600}
+        with Bars(*columns, TimeRemainingColumn(), **how) as bars:
             task = bars.add_task(name, total=None)
             yield lambda done, total: bars.update(task, completed=done, total=total or None)
 

@@ -170,7 +170,7 @@ def _histogram(con: Any, step: Mapping[str, Any]) -> Json | None:
         for i in range(BINS)
     ]  # fmt: skip
     return {
-        **{name: step[name] for name in ("set", "step", "name", "judge", "score")},
+        **{name: step[name] for name in ("set", "step", "name", "score")},
         "rows": rows, "scale": scale, "bars": bars, "tallest": int(tallest),
         "limits": [{"x": place(limit), "value": limit} for limit in limits if ends[0] == low or limit > 0],
         "ticks": [{"x": place(tick), "value": tick} for tick in _ticks(low, high, scale)],

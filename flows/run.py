@@ -281,13 +281,21 @@ def step_text(record: dict[str, Any]) -> str:
     """came -> kept, and why the others are gone."""
     made = f" + {record['made']:,}" if record["made"] else ""
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in record["reasons"].items())
-    notes = [*record["notes"], *(f"source {name} has no row left" for name in record["emptied_sources"])]
+    notes = [*record["notes"], *(_emptied(name) for name in record["emptied_sources"])]
     line = (
         f"{record['came']:,}{made} -> {record['kept']:,}"
         + (f"  ({reasons})" if reasons else "")
         + measured_text(record)
     )
     return "\n".join([line, *(f"    ! {note}" for note in notes)])
+
+
+def _emptied(name: str) -> str:
+    """`name`: of a source, or made-SET-STEP of what a maker's step made."""
+    step = name.rsplit("-", 1)[-1]
+    if name.startswith("made-") and step.isdigit():
+        return f"no row that step {int(step)} made is left"
+    return f"source {name} has no row left"
 
 
 def measured_text(record: dict[str, Any]) -> str:

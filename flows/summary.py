@@ -15,7 +15,8 @@ from .recipe import Recipe
 from .run import Result
 from .stages import cautions, nearest
 
-SENTENCE = re.compile(r"(?<=[.;])\s+(?=[A-Z])")  # where a docstring's first sentence ends
+SENTENCE_END = re.compile(r"\.\s+(?=[A-Z`])")
+KINDS = {"row judge": "Row judges", "corpus judge": "Corpus judges", "maker": "Makers", "measure": "Measures"}
 
 
 def show_result(recipe: Recipe, result: Result, show: Silent) -> None:
@@ -48,17 +49,35 @@ def _evaluation_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def show_steps(name: str | None = None) -> None:
-    """Every step with its fields and its docstring's first sentence; or one of them with its whole docstring."""
+    """Every step by kind, with its fields and its docstring's first sentence; or one with its whole docstring."""
     console = Console(highlight=False, soft_wrap=True)
     known = find_steps()
     if name is not None and name not in known:
         raise HouseError(f"no judge, maker or measure is called {name!r}; {nearest(name, list(known))}")
-    for each, kind in sorted(known.items(), key=lambda item: (_scope(item[1]), item[0])):
-        if name in (None, each):
-            doc = inspect.getdoc(kind) or ""
-            text = doc if name else " ".join(SENTENCE.split(doc.split("\n\n", 1)[0], maxsplit=1)[0].split())
-            console.print(f"{each}({', '.join(_field(item) for item in fields(kind))})", style="bold", markup=False)
-            console.print(f"  {_scope(kind)}: {text}", markup=False)
+    if name is not None:
+        kind = known[name]
+        console.print(_signature(name, kind), style="bold", markup=False)
+        console.print(f"{_scope(kind)}: {inspect.getdoc(kind) or ''}", markup=False)
+        return
+    for scope, title in KINDS.items():
+        mine = {each: kind for each, kind in sorted(known.items()) if _scope(kind) == scope}
+        console.print(f"{title} ({len(mine)})", style="bold cyan", markup=False)
+        for each, kind in mine.items():
+            console.print(f"  {_signature(each, kind)}", style="bold", markup=False)
+            console.print(f"    {first_sentence(inspect.getdoc(kind) or '')}", markup=False)
+
+
+def first_sentence(doc: str) -> str:
+    """The first sentence of a docstring on one line: it ends at a full stop outside brackets."""
+    text = " ".join(doc.split("\n\n", 1)[0].split())
+    for end in SENTENCE_END.finditer(text):
+        if text.count("(", 0, end.start()) == text.count(")", 0, end.start()):
+            return text[: end.start() + 1]
+    return text
+
+
+def _signature(name: str, kind: type[Any]) -> str:
+    return f"{name}({', '.join(_field(item) for item in fields(kind))})"
 
 
 def _scope(kind: type[Any]) -> str:

@@ -19,8 +19,9 @@ from transformers import AutoTokenizer
 
 from ..curation.door import Embedder, Progress
 from ..curation.folder import HouseError
+from .digests import model_digest
 from .encoder import Encoder, load_encoder, pooled, states
-from .models import check_model, model_digest, no_bars
+from .models import check_model, check_vocabulary, no_bars
 from .wordpiece import WordPieces, special_ends
 
 WINDOW = 4096  # texts tokenised, sorted and packed together
@@ -164,6 +165,7 @@ class Tokenise:
         settings = _json(home / "sentence_bert_config.json")
         tokenizer: Any = AutoTokenizer.from_pretrained(home, local_files_only=True)
         limit = settings.get("max_seq_length") or min(longest, tokenizer.model_max_length)
+        check_vocabulary(tokenizer, home)
         self.inner = tokenizer.backend_tokenizer
         self.inner.no_padding()
         self.inner.no_truncation()

@@ -11,7 +11,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..curation.door import Progress
 from ..curation.folder import HouseError
-from .models import check_model, model_digest, torch_dtype
+from .digests import model_digest
+from .models import check_model, check_vocabulary, torch_dtype
 
 LABELS = ("contradiction", "entailment", "neutral")
 BATCH = 64  # pairs; sorted by length, so that little of a batch is padding
@@ -29,6 +30,7 @@ class CrossEncoder:
         self.digest = model_digest(model)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True)
+            check_vocabulary(self._tokenizer, model)
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
                 model, local_files_only=True, dtype=torch_dtype(dtype, device)
             )

@@ -20,9 +20,10 @@ from transformers import DynamicCache
 from ..curation.door import ChatAnswer, ChatError, ChatRequest, Progress, Sampling
 from ..curation.folder import HouseError
 from .chat import conversation_ids
+from .digests import model_digest
 from .forward import context_of
 from .lora import unpack
-from .models import load_model, load_tokenizer, model_digest
+from .models import load_model, load_tokenizer
 
 
 @dataclass

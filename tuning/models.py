@@ -11,7 +11,6 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +34,7 @@ from transformers.utils import logging
 from ..curation.folder import HouseError, whole_folder, write_json
 from .attention import isolate
 from .chat import Tokens, conversation_ids, tokenise_texts
+from .digests import RECORD
 from .forward import pack_logps
 from .lora import load_adapter
 from .packing import build_pack, pack_plan
@@ -65,8 +65,6 @@ FLOOR = 0.1  # of the learning rate, where the cosine ends
 ASPECT = 64  # width over depth that is aimed at: GPT-2's, and wide is fast on a CPU
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-_DIGESTED = frozenset({".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"})
-_RECORD = "make_model.json"
 
 
 def load_model(
@@ -100,6 +98,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # as in load_model
         raise HouseError(f"{folder} holds no tokenizer that transformers can load: {error}") from error
+    check_vocabulary(tokenizer, folder)
     for missing, what in (
         (not tokenizer.chat_template, "no chat template: put one in its chat_template.jinja"),
         (tokenizer.eos_token_id is None, "no EOS token: set eos_token in its tokenizer_config.json"),
@@ -110,6 +109,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
+def check_vocabulary(tokenizer: Any, folder: Path) -> None:
+    """HouseError where transformers made up a tokenizer of special tokens alone, for want of files: with it every text
+    would be unknown words, and no error."""
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise HouseError(
+            f"{folder} holds no tokenizer (tokenizer.json, or a vocabulary): put the one there that the model was"
+            " trained with"
+        )
+
+
 def check_model(folder: Path) -> None:
     """HouseError unless `folder` holds a configuration and weights."""
     if not folder.is_dir():
@@ -118,28 +127,6 @@ def check_model(folder: Path) -> None:
         raise HouseError(f"{folder} holds no config.json: not a model in Hugging Face's format")
     if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
         raise HouseError(f"{folder} holds a config.json but no weights ({' or '.join(_WEIGHTS)})")
-
-
-def model_digest(folder: Path) -> str:
-    """SHA-256 (its first 32 hexadecimal digits) of names and bytes of a model's or adapter's files: configuration,
-    weights, tokenizer, chat template; also of the modules of a sentence-transformers model. Reads every byte, the files
-    in parallel; keeps nothing."""
-    if not folder.is_dir():
-        raise HouseError(f"there is no model folder {folder}")
-    files = [file for home in (folder, *_modules(folder)) for file in home.iterdir()]
-    named = (file for file in files if file.suffix in _DIGESTED and file.is_file() and file.name != _RECORD)
-    names = sorted(str(file.relative_to(folder)) for file in named)
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda name: _file_digest(folder / name), names))
-    pieces = "".join(f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True))
-    return hashlib.sha256(pieces.encode()).hexdigest()[:32]
-
-
-def _modules(folder: Path) -> list[Path]:
-    """Subfolders that modules.json of a sentence-transformers model names."""
-    listed = folder / "modules.json"
-    paths = [module["path"] for module in json.loads(listed.read_text())] if listed.is_file() else []
-    return sorted({folder / path for path in paths if path not in ("", ".") and (folder / path).is_dir()})
 
 
 def torch_dtype(name: str, device: str) -> torch.dtype:
@@ -187,7 +174,7 @@ def make_model(
         with no_bars():
             model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        write_json(temporary / _RECORD, record)
+        write_json(temporary / RECORD, record)
     return record
 
 
@@ -380,8 +367,3 @@ def no_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..curation.folder import HouseError, read_json, whole_file, write_parquet
 from .data import Objective, Plan
-from .models import model_digest
+from .digests import model_digest
 from .settings import Training
 
 INPUTS = ("objective", "data_digest", "model_digest", "adapter_digest", "settings")

@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 from ..curation.door import Progress
 from ..curation.folder import HouseError
 from .attention import hidden_states
+from .digests import model_digest
 from .embed import batches, unit
 from .forward import context_of
-from .models import load_model, model_digest
+from .models import load_model
 
 CAPACITY = {"cpu": 4096, "cuda": 32_768}  # tokens of one pack
 LONGEST = 2048  # tokens of a text: RDS+'s limit

@@ -19,8 +19,9 @@ from ..curation.folder import HouseError
 from ..kernels.logprob import CHUNK_LOGITS, target_logprobs
 from .attention import head, hidden_states
 from .chat import Tokens, tokenise_responses, turn_opening
+from .digests import model_digest
 from .forward import context_of
-from .models import load_model, load_tokenizer, model_digest
+from .models import load_model, load_tokenizer
 from .packing import Pack, build_pack, pack_plan, target_tokens
 
 CAPACITY = 4096  # tokens of one pack; a longer response has a pack of its own, of the next power of two

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from ..curation.door import Progress
 from ..curation.folder import HouseError, whole_folder
-from .models import model_digest
+from .digests import model_digest
 from .wordpiece import WordPieces
 
 DIMS = 256  # of a distilled model, Model2Vec's default

@@ -95,7 +95,10 @@ def test_judges_lists_every_step_with_its_fields(
 ) -> None:
     assert call(monkeypatch, "judges") == 0
     said = capsys.readouterr().out
-    assert "ResponseLength(low=1, high=2000)\n  row judge: Drops rows whose response" in said
+    assert "ResponseLength(low=1, high=2000)\n    Drops rows whose response" in said
+    assert said.index("Row judges") < said.index("ResponseLength(") < said.index("Corpus judges")
+    assert said.index("Measures") < said.index("  Ifd(model)")
+    assert "(OPT-IML, arXiv 2212.12017; T5, arXiv 1910.10683)." in said  # no sentence ends at a semicolon
     assert "PreferenceFromModel(model, set_name='sft'" in said
     assert call(monkeypatch, "judges", "Refusl") == 1
     assert "did you mean 'Refusal'?" in capsys.readouterr().err

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from gristmill.curation.folder import HouseError, RunFolder, read_json
+from gristmill.curation.folder import HouseError, RunFolder, read_json, stored_folder
 from gristmill.curation.look import why
 from gristmill.curation.shards import read_manifest, read_split
 from gristmill.flows import cli
-from gristmill.flows.deciding import decide, run_folder, stored_recipe, write_release
+from gristmill.flows.deciding import decide, stored_recipe, write_release
 from gristmill.flows.overruling import overrule
 from gristmill.flows.progress import Silent
 from gristmill.flows.recipe import Recipe, load_text
@@ -28,7 +28,7 @@ def test_a_tighter_threshold_decided_and_written(shared: Path, whole: Whole, tmp
     (clean,) = decision.sets
     assert decision.unsure == ("pairs",) and clean.lost > 0 and clean.gained == 0 and clean.waiting == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before  # nothing is written
-    assert run_folder(out).measures.parent.resolve() == (shared / "cache").resolve()
+    assert stored_folder(out).measures.parent.resolve() == (shared / "cache").resolve()
     show = Silent()
     write_release(out, decision, tmp_path / "next", show)
     manifest = read_manifest(tmp_path / "next" / "curated" / "clean")

@@ -22,9 +22,10 @@ from transformers import (
 
 from gristmill.curation.folder import HouseError
 from gristmill.tuning import embed as module
+from gristmill.tuning.digests import model_digest
 from gristmill.tuning.embed import EncoderEmbedder, SentenceEmbedder, load_embedder
 from gristmill.tuning.encoder_int8 import native
-from gristmill.tuning.models import make_model, model_digest
+from gristmill.tuning.models import make_model
 from gristmill.tuning.representation import RepresentationEmbedder
 from gristmill.tuning.settings import NewModel
 from gristmill.tuning.static import StaticEmbedder, distil, reduced, zipf_weights

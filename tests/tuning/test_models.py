@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from gristmill.curation.folder import HouseError
 from gristmill.tuning.attention import head, hidden_states
 from gristmill.tuning.chat import tokenise_messages
+from gristmill.tuning.digests import model_digest
 from gristmill.tuning.models import (
     load_model,
     load_tokenizer,
     make_model,
-    model_digest,
     parameter_count,
     shape_for,
     torch_dtype,
