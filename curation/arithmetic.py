@@ -148,8 +148,8 @@ def _asked_sum(prompt: str) -> Asked | None:
     return None if value is None else Asked(text, value)
 
 
-_STATISTICS = {
-    "median": lambda numbers: median(sorted(numbers)),
+_STATISTICS: dict[str, Callable[[list[Fraction]], Fraction]] = {
+    "median": median,
     "mean": lambda numbers: sum(numbers, Fraction(0)) / len(numbers),
     "average": lambda numbers: sum(numbers, Fraction(0)) / len(numbers),
     "sum": lambda numbers: sum(numbers, Fraction(0)),
@@ -188,16 +188,31 @@ def _asked_list(prompt: str) -> Asked | None:
     return Asked(f"{name} of {', '.join(text)}", value, exact=name in ("median", "sum"))
 
 
-_UNITS: dict[str, tuple[str, str]] = {  # unit -> (kind, size)
-    "mm|millimet(?:er|re)s?": ("length", "0.001"), "cm|centimet(?:er|re)s?": ("length", "0.01"), "m|met(?:er|re)s?":
-    ("length", "1"), "km|kms|kilomet(?:er|re)s?": ("length", "1000"), "in|inch(?:es)?": ("length", "0.0254"),
-    "ft|feet|foot": ("length", "0.3048"), "yd|yards?": ("length", "0.9144"), "miles?": ("length", "1609.344"),
-    "mg|milligrams?": ("mass", "0.001"), "g|grams?": ("mass", "1"), "kg|kgs|kilos?|kilograms?": ("mass", "1000"),
-    "lbs?|pounds?": ("mass", "453.59237"), "oz|ounces?": ("mass", "28.349523"), "ml|millilit(?:er|re)s?": ("volume",
-    "0.001"), "l|lit(?:er|re)s?": ("volume", "1"), "seconds?": ("time", "1"), "minutes?": ("time", "60"), "hours?":
-    ("time", "3600"), "days?": ("time", "86400"), "weeks?": ("time", "604800"), "°? ?f|(?:degrees? )?fahrenheit":
-    ("heat", "f"), "°? ?c|(?:degrees? )?celsius": ("heat", "c"), "k|kelvins?": ("heat", "k"),
-}  # fmt: skip
+_UNITS: dict[str, tuple[str, str]] = {  # names of a unit -> (kind, size)
+    "mm|millimet(?:er|re)s?": ("length", "0.001"),
+    "cm|centimet(?:er|re)s?": ("length", "0.01"),
+    "m|met(?:er|re)s?": ("length", "1"),
+    "km|kms|kilomet(?:er|re)s?": ("length", "1000"),
+    "in|inch(?:es)?": ("length", "0.0254"),
+    "ft|feet|foot": ("length", "0.3048"),
+    "yd|yards?": ("length", "0.9144"),
+    "miles?": ("length", "1609.344"),
+    "mg|milligrams?": ("mass", "0.001"),
+    "g|grams?": ("mass", "1"),
+    "kg|kgs|kilos?|kilograms?": ("mass", "1000"),
+    "lbs?|pounds?": ("mass", "453.59237"),
+    "oz|ounces?": ("mass", "28.349523"),
+    "ml|millilit(?:er|re)s?": ("volume", "0.001"),
+    "l|lit(?:er|re)s?": ("volume", "1"),
+    "seconds?": ("time", "1"),
+    "minutes?": ("time", "60"),
+    "hours?": ("time", "3600"),
+    "days?": ("time", "86400"),
+    "weeks?": ("time", "604800"),
+    "°? ?f|(?:degrees? )?fahrenheit": ("heat", "f"),
+    "°? ?c|(?:degrees? )?celsius": ("heat", "c"),
+    "k|kelvins?": ("heat", "k"),
+}
 _UNIT = "|".join(f"(?:{names})" for names in _UNITS)
 _CONVERSION = re.compile(
     rf"\bconvert (?:the |a |an )?(?:temperature |length |weight |distance "

@@ -7,7 +7,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .shingles import compiled, in_threads, processors
+from .pool import processors
+from .shingles import compiled, in_threads
 from .spans import Spans, spans
 from .text import VIEW_COLUMNS, View
 

@@ -48,9 +48,9 @@ def _counts(tokenizer: PreTrainedTokenizerBase, rows: pa.Table) -> list[Counts |
     pairs = [row for row in live if paired[row]]
     several = [row for row in live if not chosen[row] and roles[row].count("assistant") > 1]
     for which, total in ((pairs, _pair_total), (several, _conversation_total)):
-        for row, size in zip(which, _totals(total, tokenizer, rows, which), strict=True):
+        for row, whole_size in zip(which, _totals(total, tokenizer, rows, which), strict=True):
             count = found[row]
-            found[row] = None if size is None or count is None else (count[0], count[1], size)
+            found[row] = None if whole_size is None or count is None else (count[0], count[1], whole_size)
     return found
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from ..arithmetic import wrong_arithmetic
 from ..flags import flagged
 from ..steps import Unmeasured
-from .requests import LOOK, MEDIA, absent_code, attached_content, known_classes, request, url_content
+from .requests import MEDIA, absent_code, attached_content, known_classes, may_ask, request, url_content
 
 _NO = r"no[ _-]?(?:in|out)puts?e?"
 # A bracketed marker with whatever follows, the bare words alone, or the bare words with a reason.
@@ -84,7 +84,6 @@ DEFAULT = CLASSES[:-1]
 # What RE2 looks for before Python looks closely: more than the rules of `defect` find, of the prompt and the response.
 _LOOK_CONTROL, _LOOK_ESCAPE = r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]", r"\\[nrtu]"
 _LOOK_PROMPT = (
-    *LOOK,
     r"(?i)no[ _-]?(?:in|out)put|<\s*(?:none|empty)|n/a[^a-z0-9\n]*$|instruction ?:|\[(?:insert|paste)",
     _LOOK_CONTROL,
     r"(?im)^\s*(?:\{\{ ?\w+ ?\}\}|\{(?:instruction|input|prompt|question|text)\})\s*$",
@@ -136,7 +135,7 @@ class Defects(Unmeasured):
 
         prompts, responses = texts(rows, "prompt"), texts(rows, "response")
         escapes = (_LOOK_ESCAPE,) if "literal_escapes" in self.classes else ()
-        of_prompt = matching(prompts, *_LOOK_PROMPT, *escapes)
+        of_prompt = may_ask(prompts) | matching(prompts, *_LOOK_PROMPT, *escapes)
         of_response = matching(responses, *_LOOK_RESPONSE, *escapes) | ~matching(responses, VISIBLE)
         masks = (of_response, of_prompt, checkable(prompts, responses))
         look = np.flatnonzero(masks[0] | masks[1] | masks[2])

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..flags import flagged
 from ..folder import HouseError
@@ -114,20 +116,32 @@ CLASSES = ("url_content", "attached_content", "image_output", "audio_video", "br
 # What RE2 looks for before Python looks closely: a word of each rule that no match can be without. Two gaps in one
 # pattern would multiply the states of RE2's automaton (19 µs a row instead of 1), so those with a gap stand alone.
 _NO_TEXT = r"[^:\"“”`\[\](){}<>=|\n]*"
-LOOK = (
+_LOOK = (
     r"(?i)(?:https?://|www\.)\S*\s*$",
     rf"(?im)^(?:!\[|[<\[(][^\n]*{MEDIA}|[<\[]insert)",
     rf"(?i)^{_NO_TEXT}following {_NO_TEXT}$",
-    r"(?i)draw|paint|illustrat|photoshop|\b(?:image|pictures?\b|photo|logo|poster|infographic|meme|gif|icon|cartoon|collage"
-    r"|wallpaper|animation|graphic|flyer)|(?:album|book) cover|coloring page|(?:song|music|video|track|album"
-    r"|playlist|podcast"
-    r"|audio|recording|clip|soundtrack|voice ?over)s?\b|\b(?:web|internet|google|online|weather|temperature"
-    r"|stock|exchange"
-    r"|traffic|forecast|alarm|reminder|timer|calendar)|(?:current|latest|live|time|day.s) (?:\w+ )?(?:price|news"
-    r"|score|time)"
-    r"|(?:send|forward) (?:an?|the|this) (?:e-?mail|text|sms|message)|(?:book|order|reserve) (?:me )?an? "
-    r"|(?:turn|switch) (?:on|off) (?:the|my)|(?:increase|decrease|change|set) the (?:font|volume|bright|screen)",
 )
+_LOOK_SHORT = (
+    r"(?i)draw|paint|illustrat|photoshop|\b(?:image|pictures?\b|photo|logo|poster|infographic|meme|gif|icon|cartoon"
+    r"|collage|wallpaper|animation|graphic|flyer)|(?:album|book) cover|coloring page|(?:song|music|video|track|album"
+    r"|playlist|podcast|audio|recording|clip|soundtrack|voice ?over)s?\b|\b(?:web|internet|google|online|weather"
+    r"|temperature|stock|exchange|traffic|forecast|alarm|reminder|timer|calendar)"
+    r"|(?:current|latest|live|time|day.s) (?:\w+ )?(?:price|news|score|time)"
+    r"|(?:send|forward) (?:an?|the|this) (?:e-?mail|text|sms|message)|(?:book|order|reserve) (?:me )?an? "
+    r"|(?:turn|switch) (?:on|off) (?:the|my)|(?:increase|decrease|change|set) the (?:font|volume|bright|screen)"
+)
+_PADDED = r"^[^!-~]|[^!-~]$"  # may be shorter than its length
+
+
+def may_ask(prompts: pa.Array) -> npt.NDArray[np.bool_]:
+    """Prompts (large_string) of which `request` or `absent_code` may say something."""
+    from ..texts import matching
+
+    found = matching(prompts, *_LOOK)
+    short = np.asarray(pc.less_equal(pc.utf8_length(prompts), _SHORT)) | matching(prompts, _PADDED)
+    rows = np.flatnonzero(short & ~found)
+    found[rows] = matching(prompts.take(pa.array(rows)), _LOOK_SHORT)
+    return found
 
 
 @dataclass(frozen=True)
@@ -151,10 +165,10 @@ class UnservableRequest(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""
-        from ..texts import at, matching, texts
+        from ..texts import at, texts
 
         prompts = texts(rows, "prompt")
-        look = np.flatnonzero(matching(prompts, *LOOK))
+        look = np.flatnonzero(may_ask(prompts))
         equipped = rows["tools"].is_valid().to_numpy()
         found = {}
         for row, prompt in zip(look.tolist(), at(prompts, look), strict=True):
