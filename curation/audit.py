@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .folder import HouseError, RunFolder, read_json, write_json, write_parquet
+from .folder import HouseError, RunFolder, read_json, read_parquet, write_json, write_parquet
 from .judging import KEPT, VALUES
 from .ledger import Mask, State, StepRecord, load_state, records, source_parts, step_folders
 from .selection import Hashes, hashes, row_keys
@@ -344,7 +344,10 @@ def audit_folder(folder: RunFolder, record: StepRecord) -> Path:
 def read_labels(home: Path) -> dict[str, dict[str, Any]]:
     """Labels that lie in an audit's folder by row_id, the last of each row."""
     path = home / "labels.parquet"
-    return {row["row_id"]: row for row in pq.read_table(path).to_pylist()} if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    found = read_parquet(path, LABELS.names, "Restore it; without it the audit's labels are gone")
+    return {row["row_id"]: row for row in found.to_pylist()}
 
 
 def add_labels(home: Path, labels: Sequence[Mapping[str, Any]]) -> None:
@@ -373,8 +376,8 @@ def check_labels(folder: RunFolder, earlier: RunFolder) -> pa.Table:
     """Labels of an earlier run held against this one (a regression test): for each labelled content that came in here
     too: content_id, label, kept (whether it lives at the end of every set that read it), right (good and kept, or bad
     and dropped)."""
-    labels = [row for path in sorted((earlier.root / "audits").glob("*/labels.parquet"))
-              for row in pq.read_table(path).to_pylist() if row["label"] != "unsure"]  # fmt: skip
+    labels = [row for home in sorted((earlier.root / "audits").glob("*"))
+              for row in read_labels(home).values() if row["label"] != "unsure"]  # fmt: skip
     wanted = {row["content_id"]: row["label"] for row in labels}
     found: list[dict[str, Any]] = []
     for path in sorted(folder.ledger.glob("*/set.json")):

@@ -6,9 +6,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from itertools import count
 from typing import Any, NamedTuple
 
-from .folder import HouseError
+from .folder import HouseError, about
 from .reading.chunks import file_chunks
 from .reading.files import files_digest, find_files
 from .reading.source import Source, Unreadable, iter_rows
@@ -123,8 +125,10 @@ KNOWN: dict[str, Known] = {
 def known_set(name: str, path: str) -> EvaluationSet:
     """The usual evaluation set `name` with its columns, read from `path`."""
     if name not in KNOWN:
+        close = get_close_matches(name.lower(), KNOWN, n=1)
+        meant = f"did you mean {close[0]!r}? There" if close else "there"
         raise HouseError(
-            f"no usual evaluation set is called {name!r}; there are {', '.join(KNOWN)}. Give any other in `against`, "
+            f"no usual evaluation set is called {name!r}; {meant} are {', '.join(KNOWN)}. Give any other in `against`, "
             "as its path or as {path: …, name: …, prompt: [COLUMN], answer: [COLUMN]}"
         )
     known = KNOWN[name]
@@ -134,7 +138,11 @@ def known_set(name: str, path: str) -> EvaluationSet:
 
 def sets_digest(sets: tuple[EvaluationSet, ...]) -> str:
     """Digest of the sets' settings and of their files' bytes."""
-    return json.dumps([[repr(one), files_digest(find_files(one.path))] for one in sets])
+    found = []
+    for one in sets:
+        with about(f"evaluation set {one.title}"):
+            found.append([repr(one), files_digest(find_files(one.path))])
+    return json.dumps(found)
 
 
 def items(one: EvaluationSet) -> Iterator[Item]:
@@ -149,7 +157,12 @@ def items(one: EvaluationSet) -> Iterator[Item]:
 
 def _by_shape(one: EvaluationSet) -> Iterator[Item]:
     source = Source(re.sub(r"\W", "_", f"evaluation_{one.title}"), one.path, "")
-    for number, row in enumerate(iter_rows(source)):
+    rows = iter_rows(source)
+    for number in count():
+        with about(f"evaluation set {one.title}"):
+            row = next(rows, None)
+        if row is None:
+            return
         if isinstance(row, Unreadable):
             raise _unreadable(one, row)
         yield Item(one.title, number, _id(_meta(row)), fields_of(row))

@@ -217,9 +217,21 @@ def attempt(
     return whole.take(pa.array(index, mask=index < 0)), errors
 
 
-def broken(name: str, rows: int, trace: str) -> HouseError:
+class Broken(HouseError):
+    """A step that raised on every row it saw. trace: of the first time."""
+
+    def __init__(self, message: str, trace: str) -> None:
+        super().__init__(message, trace)  # both, so that it can be sent between processes
+        self.trace = trace
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def broken(name: str, rows: int, trace: str) -> Broken:
     """The error of a step that raised on every row it saw."""
-    return HouseError(f"{name} raised on every one of {rows} rows; the first time:\n{trace}")
+    last = trace.strip().splitlines()[-1]
+    return Broken(f"{name} raised on every one of {rows} rows; the first time: {last}", trace)
 
 
 def _halve(
@@ -230,6 +242,7 @@ def _halve(
         if table.num_rows != rows.num_rows:
             raise ValueError(f"{table.num_rows} results for {rows.num_rows} rows")
         yield start, table, None
+        return
     except (HouseError, MemoryError):
         raise
     except Exception as error:
@@ -238,9 +251,9 @@ def _halve(
         if rows.num_rows == 1:
             yield start, None, traceback.format_exc()
             return
-        half = rows.num_rows // 2
-        yield from _halve(work, rows.slice(0, half), start)
-        yield from _halve(work, rows.slice(half), start + half)
+    half = rows.num_rows // 2  # outside the handler: else each traceback would hold those of all halvings above it
+    yield from _halve(work, rows.slice(0, half), start)
+    yield from _halve(work, rows.slice(half), start + half)
 
 
 def _silent(done: int, total: int) -> None:

@@ -53,7 +53,11 @@ def train(rows: pa.Table, positive: npt.NDArray[np.bool_], view: View, features:
     rows, truth, both = _distinct(rows, positive)
     counts = int(truth.sum()), int((~truth).sum())
     if min(counts) < LEAST:
-        raise HouseError(f"{name}: {counts[0]} positive and {counts[1]} negative rows; each side needs {LEAST}")
+        left_out = f" ({both} contents that stand on both sides are left out)" if both else ""
+        raise HouseError(
+            f"{name}: {counts[0]} positive and {counts[1]} negative rows{left_out}; each side needs {LEAST}. Add rows"
+            " to `positives` and `negatives`, or label more with `gristmill audit` and name their run in `audits`"
+        )
     matrix = _matrix(list(_ngrams(rows, view)), features)
     fold = np.array([int(name[:8], 16) % FOLDS for name in rows["content_id"].to_pylist()])
     scores = np.zeros(len(truth))

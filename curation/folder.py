@@ -153,7 +153,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_parquet(path: Path, names: Sequence[str], mend: str) -> pa.Table:
-    """The Parquet file at `path`. A HouseError that ends with `mend` where it is damaged or lacks a column of `names`."""
+    """The Parquet file at `path`. A HouseError ending with `mend` where it is damaged or lacks a column of `names`."""
     try:
         found = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:

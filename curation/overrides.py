@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .folder import HouseError, RunFolder, write_parquet
+from .folder import HouseError, RunFolder, read_parquet, write_parquet
 from .ledger import LEDGER, Mask, State
 from .rows import CONTENT, made_row, table
 
@@ -44,7 +44,7 @@ def read_overrides(folder: RunFolder) -> list[dict[str, Any]]:
     path = folder.root / "overrides.parquet"
     if not path.is_file():
         return []
-    found = pq.read_table(path)
+    found = read_parquet(path, ["action"], "Restore it, or remove it to do without overrides")
     rows: list[dict[str, Any]] = [
         {name: row.get(name) for name in OVERRIDES.names} for row in found.select(_known(found)).to_pylist()
     ]

@@ -6,6 +6,7 @@
 import shutil
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,9 +20,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .cache import Taken, measure_key
+from .cache import Broken, Taken, measure_key
 from .door import Progress
-from .folder import HouseError, RunFolder, parquet_writer, read_json, whole_folder, write_json, write_parquet
+from .folder import (
+    FULL,
+    HouseError,
+    RunFolder,
+    parquet_writer,
+    read_json,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_parquet,
+)
 from .judges.gates import HeldOut, Trainable, is_held_out, untrainable
 from .judges.near_held_out import NearHeldOut
 from .judging import KEPT, Write, judge
@@ -36,6 +47,7 @@ from .ledger import (
     load_state,
     read_verdicts,
     reasons,
+    records,
     save_alive,
     source_parts,
 )
@@ -123,19 +135,51 @@ def advance(
                 live = LiveRows(folder, plan, index, before, tools, progress, work, pool)
                 try:
                     record = _do(step, live, work)
+                except Exception as error:
+                    raise _told(folder, plan, index, step, error) from error
                 finally:
                     live.close()
             record["notes"] = list(dict.fromkeys(str(note.message) for note in said if note.category is UserWarning))
             record["seconds"] = round(time.monotonic() - started, 3)
             write_json(work / "step.json", record)
+        (folder.quarantine / f"{plan.name}-{step_name(index, step)}.txt").unlink(missing_ok=True)
         record = record | {"cached": False}
     begins_later = record["came"] == 0 and any(later.scope == "maker" for later in full_steps(plan)[index + 1 :])
     if record["kept"] == 0 and not begins_later:  # a set without sources begins with its first maker
         raise HouseError(
             f"step {index} {record['name']} of set {plan.name} left no row: {record['came']} came, dropped for"
-            f" {record['reasons']}. See `gristmill funnel {folder.root}`; loosen the thresholds and use a new --out."
+            f" {record['reasons']}. What came, and why it went:\n{_funnel(folder, plan.name)}\n"
+            "Loosen the thresholds and run into a new --out; this one stays as it is, for `gristmill funnel` and `why`."
         )
     return record
+
+
+def _funnel(folder: RunFolder, set_name: str) -> str:
+    """came -> kept of each finished step, and the reasons, a line each."""
+    lines = []
+    for step in records(folder, set_name):
+        made = f" + {step['made']:,}" if step["made"] else ""
+        why = "".join(f", {reason} {count:,}" for reason, count in step["reasons"].items())
+        lines.append(f"  {step['step']:02d} {step['name']}: {step['came']:,}{made} -> {step['kept']:,}{why}")
+    return "\n".join(lines)
+
+
+def _told(folder: RunFolder, plan: SetPlan, index: int, step: AnyStep, error: Exception) -> Exception:
+    """What is raised where a step raises: an error for the user as it is, of any other the traceback kept in
+    quarantine/ and its last line told."""
+    disk = isinstance(error, OSError) and error.errno in FULL
+    if disk or (isinstance(error, HouseError | MemoryError) and not isinstance(error, Broken)):
+        return error
+    path = folder.quarantine / f"{plan.name}-{step_name(index, step)}.txt"
+    whole = "".join(traceback.format_exception(error))
+    with whole_file(path) as temporary:
+        temporary.write_text(error.trace if isinstance(error, Broken) else whole, encoding="utf-8")
+    said = str(error) if isinstance(error, Broken) else f"it raised {whole.strip().splitlines()[-1]}"
+    return HouseError(
+        f"step {index} {type(step).__name__} of set {plan.name}: {said}\nThis is a fault of the step or of what it is"
+        f" given, not of single rows: the traceback lies in {path}. The steps before it are finished; when it is"
+        " mended, run the same command again."
+    )
 
 
 def state_before(folder: RunFolder, plan: SetPlan, index: int) -> State:

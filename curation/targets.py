@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .embeddings import tfidf_svd, vectors
-from .folder import HouseError
+from .folder import HouseError, about
 from .reading.formats import Unreadable
 from .reading.source import Source, iter_rows
 from .rows import table
@@ -19,13 +19,14 @@ def target_texts(paths: Sequence[str], which: View, limit: int | None = None) ->
     texts: list[str] = []
     for number, path in enumerate(paths):
         rows = []
-        for row in iter_rows(Source(f"target{number}", path, "unknown", limit=limit)):
-            if isinstance(row, Unreadable):
-                raise HouseError(f"target set {path}: {row.error} ({row.file}:{row.line})")
-            rows.append(row)
+        with about(f"target set {path}"):
+            for row in iter_rows(Source(f"target{number}", path, "unknown", limit=limit)):
+                if isinstance(row, Unreadable):
+                    raise HouseError(f"{row.error} ({row.file}:{row.line}). Mend that record, or remove it")
+                rows.append(row)
         said = [text for text in view(table(rows), which) if text.strip()]
         if not said:
-            raise HouseError(f"target set {path}: no row has a {which}")
+            raise HouseError(f"target set {path}: no row has a {which}. Give rows that have one, or another `view`")
         texts += said
     if not texts:
         raise HouseError("a selection by targets needs at least one file of them: targets: [PATH]")

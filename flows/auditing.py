@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..curation.audit import (
+    SAMPLE,
     Label,
     Report,
     add_labels,
@@ -30,7 +30,7 @@ from ..curation.audit import (
     write_report,
 )
 from ..curation.door import ChatAnswer, ChatModel, ChatRequest, Sampling
-from ..curation.folder import HouseError, RunFolder, whole_file, write_parquet
+from ..curation.folder import HouseError, RunFolder, read_parquet, whole_file, write_parquet
 from ..curation.ledger import StepRecord
 from ..curation.look import plain, rows_of, wide_console
 from ..curation.overrides import add_override
@@ -75,7 +75,7 @@ def begin(folder: RunFolder, judge: str | None, set_name: str | None = None, siz
     path = home / f"sample-{size}-{seed}.parquet"
     if not path.is_file():
         write_parquet(path, draw_sample(folder, record, size, seed))
-    return _audit(home, record, pq.read_table(path))
+    return _audit(home, record, read_parquet(path, SAMPLE.names, "Remove it: the same rows are drawn again"))
 
 
 def _audit(home: Path, record: StepRecord, sample: pa.Table) -> Audit:

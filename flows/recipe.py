@@ -260,7 +260,8 @@ class _Builder:
         try:
             return kind(**given, **values)
         except (ValueError, TypeError, HouseError) as error:
-            raise HouseError(f"{place(node)}: {kind.__name__}: {error}") from error
+            said = str(error).removeprefix(f"{kind.__name__}: ")
+            raise HouseError(f"{place(node)}: {kind.__name__}: {said}") from error
 
     def named(self, node: yaml.Node, kind: type[Any], path: Path) -> dict[str, Any]:
         """A mapping of names to dataclasses; a source knows its own name."""
@@ -274,7 +275,9 @@ class _Builder:
     def one_key(self, node: yaml.Node, what: str) -> Pair:
         if isinstance(node, yaml.MappingNode) and len(node.value) == 1:
             return pairs(node)[0]
-        raise HouseError(f"{place(node)}: {what} is one name with its settings, `Name: {{…}}`, not {shown(node)}")
+        names = [str(key.value) for key, _ in pairs(node)] if isinstance(node, yaml.MappingNode) else []
+        found = f"{len(names)} ({', '.join(names)})" if names else shown(node)
+        raise HouseError(f"{place(node)}: {what} is one name with its settings, `Name: {{…}}`, not {found}")
 
     def stage(self, node: yaml.Node, path: Path) -> Any:
         key, body = self.one_key(node, "a stage")

@@ -43,6 +43,15 @@ def load_embedder(
     """
     if not folder.is_dir():
         raise HouseError(f"there is no model folder {folder}")
+    try:
+        return _embedder(folder, adapter, dtype, device)
+    except (HouseError, MemoryError):
+        raise
+    except Exception as error:  # transformers lets through whatever safetensors, json and its own checks raise
+        raise HouseError(f"{folder} holds no embedding model that can be loaded: {error}") from error
+
+
+def _embedder(folder: Path, adapter: Path | None, dtype: str, device: str | None) -> Embedder:
     if is_causal(folder):
         from .representation import RepresentationEmbedder
 
@@ -56,16 +65,9 @@ def load_embedder(
     check_folder(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     pooling = simple_pooling(folder)
-    try:
-        found = None if pooling is None else _encoder(folder, dtype, device)
-        other = SentenceEmbedder(folder, device) if found is None else None
-    except (HouseError, MemoryError):
-        raise
-    except Exception as error:  # transformers lets through whatever safetensors, json and its own checks raise
-        raise HouseError(f"{folder} holds no embedding model that can be loaded: {error}") from error
+    found = None if pooling is None else _encoder(folder, dtype, device)
     if found is None or pooling is None:
-        assert other is not None
-        return other
+        return SentenceEmbedder(folder, device)
     return EncoderEmbedder(folder, found, pooling, dtype)
 
 
@@ -234,6 +236,8 @@ class SentenceEmbedder:
         self.digest = model_digest(folder)
         with no_bars():
             self._model = SentenceTransformer(str(folder), device=device, local_files_only=True)
+        if hasattr(self._model.tokenizer, "all_special_ids"):
+            check_vocabulary(self._model.tokenizer, folder)
         self.dims = int(self._model.get_embedding_dimension() or 0)
 
     def embed(self, texts: Sequence[str], progress: Progress | None = None) -> Vectors:

@@ -30,12 +30,12 @@ class CrossEncoder:
         self.digest = model_digest(model)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True)
-            check_vocabulary(self._tokenizer, model)
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
                 model, local_files_only=True, dtype=torch_dtype(dtype, device)
             )
         except Exception as error:  # transformers lets through whatever safetensors, json and its own checks raise
             raise HouseError(f"{model} holds no classifier that transformers can load: {error}") from error
+        check_vocabulary(self._tokenizer, model)
         self._order = label_order(loaded.config.id2label, model)
         self._model = loaded.to(device).eval()
         limit = getattr(loaded.config, "max_position_embeddings", None) or LONGEST

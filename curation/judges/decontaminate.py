@@ -193,6 +193,11 @@ def _sources(corpus: Corpus) -> list[str]:
 
 def _warn_unsought(index: "Index") -> None:
     for name, count in index.unsought.items():
+        if count and count == index.sizes[name]:
+            raise HouseError(
+                f"evaluation set {name}: none of its {count} items says anything that could be looked for. Look into"
+                " the file, and name its columns: {path: …, prompt: [COLUMN], answer: [COLUMN]}"
+            )
         if count:
             said = f"{count} of {index.sizes[name]} items say nothing that could be looked for"
             warnings.warn(f"evaluation set {name}: {said}", stacklevel=3)

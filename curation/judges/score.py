@@ -91,4 +91,5 @@ def check_column(judge: object, of: Measure, column: str) -> None:
     """A HouseError unless `column` is a number column of the measure."""
     numbers = [name for name, kind in of.columns.items() if pa.types.is_integer(kind) or pa.types.is_floating(kind)]
     if column not in numbers:
-        raise HouseError(f"{type(judge).__name__}: {of!r} has no number column {column!r}; it has {', '.join(numbers)}")
+        known = ", ".join(numbers) or "none"
+        raise HouseError(f"{type(judge).__name__}: {type(of).__name__} has no number column {column!r}; it has {known}")

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..door import Progress
-from ..folder import HouseError
+from ..folder import HouseError, about, read_parquet
 from ..steps import Tools
 from ..text import VIEW_COLUMNS, View
 
@@ -58,7 +58,8 @@ class QualityClassifier:
         pieces = []
         for side in (self.positives, self.negatives):
             for address in side:
-                files = find_files(address)
+                with about(f"QualityClassifier, {'negatives' if pieces.count('side') else 'positives'}"):
+                    files = find_files(address)
                 local = all(file.fs.protocol in ("file", ("file", "local")) for file in files)
                 pieces.append(files_inputs([file.path for file in files]) if local else files_digest(files))
             pieces.append("side")
@@ -102,7 +103,8 @@ def _side(addresses: Sequence[str], positive: bool, limit: int) -> Iterator[tupl
                 else:
                     yield row
 
-        rows = heapq.nsmallest(limit, read(), key=lambda row: str(row["content_id"]))
+        with about(f"QualityClassifier, {'positives' if positive else 'negatives'} {address}"):
+            rows = heapq.nsmallest(limit, read(), key=lambda row: str(row["content_id"]))
         if unreadable:
             warnings.warn(f"QualityClassifier: {unreadable} unreadable records of {address} left out", stacklevel=2)
         yield table(rows).select(["content_id", *VIEW_COLUMNS]), [positive] * len(rows)
@@ -126,7 +128,7 @@ def _labelled(out: str) -> Iterator[tuple[pa.Table, list[bool]]]:
     said = {
         row["row_id"]: row["label"] == "good"
         for file in _label_files(out)
-        for row in pq.read_table(file, columns=["row_id", "label"]).to_pylist()
+        for row in read_parquet(file, ["row_id", "label"], "Restore it, or leave its run out of `audits`").to_pylist()
         if row["label"] in ("good", "bad")
     }
     wanted = pa.array(sorted(said), pa.string())

@@ -50,7 +50,7 @@ def find_files(address: str) -> list[DataFile]:
     except OSError as error:
         raise HouseError(f"cannot look at {address}: {error}") from error
     if not found:
-        raise HouseError(f"{address}: no such file or folder. Check the path of this source.")
+        raise HouseError(f"{address}: no such file or folder. Check the path.")
     return [DataFile(fs, each, each, _format(each, each)) for each in found if fs.isfile(each)]
 
 
