@@ -1,4 +1,4 @@
-"""What lies between the int8 matrix products of an encoder, compiled: dequantising, GELU, norms, quantising.
+"""What lies between the int8 matrix products of an encoder, compiled: dequantising, attention, GELU, norms, quantising.
 
 A row x of activations is kept as int8 q with x = scale · q + shift, scale and shift its own, so that no row depends on
 another. A product's int32 sums become numbers by w · (scale · sum + shift · column) + bias, w the scale of the weight's
@@ -11,20 +11,27 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from .vectors16 import LANES, ROWS, highest, lowest, multiplied, softmax
+
+LOG2E = np.float32(1.4426950408889634)
+
 
 def compiled(function: Any) -> Any:
-    return njit(nogil=True, cache=True, fastmath=True, error_model="numpy")(function)
+    """Compiled without the GIL, the machine code cached where there is a folder for it."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder to cache in
+        return njit(**options)(function)
 
 
 @compiled
 def _quantise(values, inverse, q):  # type: ignore[no-untyped-def]
-    """The row `values` (changed: channels divided) into the row q; its scale and shift."""
-    low = high = values[0] * inverse[0]
+    """The row `values` (changed: channels divided), of whole LANES, into the row q; its scale and shift."""
     for c in range(values.size):
-        value = values[c] * inverse[c]
-        values[c] = value
-        low = value if value < low else low
-        high = value if value > high else high
+        values[c] *= inverse[c]
+    low = lowest(values.ctypes.data, values.size // LANES)
+    high = highest(values.ctypes.data, values.size // LANES)
     step = (high - low) / np.float32(255.0)
     step = step if step > np.float32(1e-20) else np.float32(1e-20)
     per = np.float32(1.0) / step
@@ -106,7 +113,61 @@ def _gelu(values):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def told(sums, scale, shift, w, column, bias, values):  # type: ignore[no-untyped-def]
-    """values <- the product's numbers."""
-    for row in range(sums.shape[0]):
-        _told(sums[row], scale[row], shift[row], w, column, bias, values[row])
+def attend(sums, scale, shift, w, column, bias, starts, heads, inverse, q, scale_out, shift_out):  # type: ignore[no-untyped-def]
+    """Attention within each text (starts[i] to starts[i + 1]) over the product of fused queries, keys and values,
+    quantised. The width of a head is a multiple of LANES."""
+    size = sums.shape[1] // 3
+    wide = size // heads
+    longest = 1
+    for text in range(starts.size - 1):
+        longest = max(longest, starts[text + 1] - starts[text])
+    rows = (longest + ROWS - 1) // ROWS * ROWS
+    lanes = (longest + LANES - 1) // LANES * LANES
+    told, context = np.zeros((rows, 3 * size), np.float32), np.empty((rows, size), np.float32)
+    keys = np.zeros((lanes // LANES, wide, LANES), np.float32)  # of LANES tokens, channel by channel
+    values = np.empty((wide // LANES, lanes, LANES), np.float32)  # LANES channels of each token: rows of `told` collide
+    scores = np.empty((ROWS, lanes), np.float32)
+    here, mixed, key, score = told.ctypes.data, context.ctypes.data, keys.ctypes.data, scores.ctypes.data
+    row, out = 12 * size, 4 * size  # bytes of a row of told, of context
+    factor = LOG2E / np.float32(np.sqrt(wide))
+    for text in range(starts.size - 1):
+        start = starts[text]
+        length = starts[text + 1] - start
+        blocks = (length + LANES - 1) // LANES
+        for i in range(length):
+            _told(sums[start + i], scale[start + i], shift[start + i], w, column, bias, told[i])
+        for head in range(heads):
+            at = head * wide
+            _turned(told[:length, size + at : size + at + wide], factor, keys)
+            for part in range(wide // LANES):
+                first = 2 * size + at + part * LANES
+                values[part, :length] = told[:length, first : first + LANES]
+            for i in range(0, length, ROWS):
+                queries = here + i * row + 4 * at
+                for block in range(blocks):
+                    multiplied(
+                        queries, row, key + 4 * LANES * wide * block, 4 * LANES, score + 4 * LANES * block,
+                        4 * lanes, wide,
+                    )  # fmt: skip
+                for part in range(ROWS):
+                    for j in range(length, blocks * LANES):
+                        scores[part, j] = np.float32(-1e30)
+                    softmax(score + 4 * lanes * part, blocks)
+                for part in range(wide // LANES):
+                    multiplied(
+                        score, 4 * lanes, values.ctypes.data + 4 * LANES * lanes * part, 4 * LANES,
+                        mixed + i * out + 4 * (at + part * LANES), out, length,
+                    )  # fmt: skip
+        for i in range(length):
+            scale_out[start + i], shift_out[start + i] = _quantise(context[i], inverse, q[start + i])
+
+
+@compiled
+def _turned(rows, factor, keys):  # type: ignore[no-untyped-def]
+    """Keys, times `factor`, by LANES tokens and channel."""
+    for i in range(rows.shape[0]):
+        block = keys[i // LANES]
+        lane = i % LANES
+        row = rows[i]
+        for c in range(row.size):
+            block[c, lane] = row[c] * factor

@@ -32,6 +32,7 @@ LIGHT = {
 }  # all that a training node has
 LAZY = {  # imported when they are needed, and what needs them serves curation
     "kernels/int8.py": {"numba"},
+    "kernels/vectors16.py": {"numba", "llvmlite"},
     "tuning/embed.py": {"sentence_transformers"},
 }
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))

@@ -188,9 +188,11 @@ def choose(encoder: Encoder, pooling: str, dtype: str) -> tuple[str, Forward]:
     if encoder.words.is_cuda:
         name = "fp16" if encoder.words.dtype == torch.float16 else "fp32"
     else:
-        from .encoder_int8 import Int8Encoder, native
+        from .encoder_int8 import Int8Encoder, fits, native
 
-        name = "int8" if dtype == "int8" or (dtype == "auto" and native()) else "fp32"
+        if dtype == "int8" and not fits(encoder):
+            raise HouseError("dtype int8: this encoder's sizes are no multiples of 16; take auto or fp32")
+        name = "int8" if dtype == "int8" or (dtype == "auto" and native() and fits(encoder)) else "fp32"
     inner = Int8Encoder(encoder).states if name == "int8" else partial(states, encoder)
 
     def forward(texts: Sequence[NDArray[np.int32]]) -> Vectors:

@@ -7,6 +7,7 @@ token or one text, so that a text's vector is equal to the last bit whatever lie
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..kernels import int8
-from .encoder import Encoder, Linear, attention, packed, states
+from .encoder import Encoder, Linear, packed, states
 
 ALPHA = 0.5  # how much of the activations' range goes to the weights
 CALIBRATION = (64, 24)  # sequences, tokens each
@@ -24,9 +24,15 @@ Vectors = NDArray[np.float32]
 
 
 def native() -> bool:
-    """Whether this CPU multiplies int8 natively (VNNI)."""
-    flags: dict[str, Any] = torch.cpu.get_capabilities()
+    """Whether this CPU multiplies int8 natively (VNNI), and numba is there to compile what lies between."""
+    flags: dict[str, Any] = torch.cpu.get_capabilities() if find_spec("numba") else {}
     return bool(flags.get("avx512_vnni") or flags.get("avx_vnni") or flags.get("amx_int8"))
+
+
+def fits(encoder: Encoder) -> bool:
+    """Whether all sizes are whole vectors of 16 numbers, as the kernels want them."""
+    sizes = [encoder.dims, encoder.dims // encoder.heads, *(len(layer.up.bias) for layer in encoder.layers)]
+    return bool(encoder.layers) and all(size % 16 == 0 for size in sizes)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,10 @@ class Int8Encoder:
     """The encoder's forward with all linear layers in int8, on one thread; several may call it at once."""
 
     def __init__(self, encoder: Encoder) -> None:
+        """encoder: in fp32 on the CPU, of sizes that fit."""
+        from ..kernels import int8
+
+        self._kernels = int8
         self._encoder = encoder
         self._tables = encoder.words.numpy(), encoder.positions.numpy()
         ranges = _ranges(encoder)
@@ -66,22 +76,23 @@ class Int8Encoder:
     def states(self, texts: Sequence[NDArray[np.int32]]) -> tuple[Tensor, NDArray[np.int64]]:
         """(last hidden states (T, dims), lengths)."""
         ids, positions, lengths = packed(texts)
+        starts = np.concatenate([[0], np.cumsum(lengths)])
         hidden = self._encoder.embedded(torch.from_numpy(ids), torch.from_numpy(positions)).numpy()
         rows = _Rows(*hidden.shape)
-        int8.quantise(hidden, self._layers[0][0].inverse, rows.q, rows.scale, rows.shift)
+        self._kernels.quantise(hidden, self._layers[0][0].inverse, rows.q, rows.scale, rows.shift)
         ones = np.ones(hidden.shape[1], np.float32)
         for number, (qkv, out, up, down) in enumerate(self._layers):
             layer = self._encoder.layers[number]
             after = self._layers[number + 1][0].inverse if number + 1 < len(self._layers) else ones
-            mixed = np.empty((len(hidden), len(qkv.scale)), np.float32)
-            int8.told(qkv.sums(rows.q), rows.scale, rows.shift, *qkv.numbers, mixed)
-            context = attention(torch.from_numpy(mixed), lengths, self._encoder.heads).numpy()
-            int8.quantise(context, out.inverse, rows.q, rows.scale, rows.shift)
-            rows.add_norm(out, hidden, layer.norm, up.inverse)
+            self._kernels.attend(
+                qkv.sums(rows.q), rows.scale, rows.shift, *qkv.numbers, starts, self._encoder.heads,
+                out.inverse, rows.q, rows.scale, rows.shift,
+            )  # fmt: skip
+            rows.add_norm(self._kernels, out, hidden, layer.norm, up.inverse)
             wide = _Rows(len(hidden), len(up.scale))
             sums = up.sums(rows.q)
-            int8.gelu(sums, rows.scale, rows.shift, *up.numbers, down.inverse, wide.q, wide.scale, wide.shift)
-            rows = wide.add_norm(down, hidden, layer.last_norm, after, rows)
+            self._kernels.gelu(sums, rows.scale, rows.shift, *up.numbers, down.inverse, wide.q, wide.scale, wide.shift)
+            rows = wide.add_norm(self._kernels, down, hidden, layer.last_norm, after, rows)
         return torch.from_numpy(hidden), lengths
 
 
@@ -93,10 +104,10 @@ class _Rows:
         self.scale, self.shift = np.empty(tokens, np.float32), np.empty(tokens, np.float32)
 
     def add_norm(
-        self, linear: Quantised, hidden: Vectors, norm: Any, inverse: Vectors, into: "_Rows | None" = None
+        self, kernels: Any, linear: Quantised, hidden: Vectors, norm: Any, inverse: Vectors, into: "_Rows | None" = None
     ) -> "_Rows":
         into = into or self
-        int8.add_norm(
+        kernels.add_norm(
             linear.sums(self.q), self.scale, self.shift, *linear.numbers, hidden, norm.weight.numpy(),
             norm.bias.numpy(), np.float32(norm.eps), inverse, into.q, into.scale, into.shift,
         )  # fmt: skip
