@@ -86,7 +86,7 @@ def open_index(folder: Path, settings: str, home: Path | None) -> Index:
         try:
             record = read_json(segment.home / SEGMENT)
             sizes = {file: (segment.home / file).stat().st_size for file in record["files"]}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise _broken(folder, f"{segment.home}: {error}") from error
         if sizes != record["files"]:
             raise _broken(folder, f"{segment.home}: files of {sizes} bytes, written were {record['files']}")

@@ -52,7 +52,13 @@ class Pairs:
 
 
 def near_pairs(
-    shingles: Shingles, floor: float, bands: int, width: int, seed: int = 0, scratch: Path = Path(), threads: int = 0
+    shingles: Shingles,
+    floor: float,
+    bands: int,
+    width: int,
+    seed: int = 0,
+    scratch: Path | None = None,
+    threads: int = 0,
 ) -> Pairs:
     """Pairs of texts of Jaccard >= floor that share the `width` minima of one of `bands` bands, each verified on the
     sets of 64-bit shingle hashes.
@@ -131,6 +137,7 @@ def near_pairs_between(
     width: int,
     seed: int = 0,
     threads: int = 0,
+    scratch: Path | None = None,
 ) -> tuple[Ints, Ints, Reals]:
     """Pairs (row of left, row of right, Jaccard) with Jaccard >= threshold, sorted by the right row.
 
@@ -142,7 +149,7 @@ def near_pairs_between(
     rows_right, group = _distinct(both, len(left), len(both))
     split = len(rows_left)
     rows = np.r_[rows_left, rows_right]
-    found = _similar(both, rows, split, 4 * BUCKET, threshold, bands, width, seed, threads)
+    found = _similar(both, rows, split, 4 * BUCKET, threshold, bands, width, seed, threads, scratch)
     members = np.argsort(group, kind="stable")  # rows of `right`, group by group, those without words (-1) first
     bounds = np.searchsorted(group[members], np.arange(len(rows_right) + 1))
     which = found[1] - split
@@ -215,9 +222,10 @@ def _similar(
     width: int,
     seed: int,
     threads: int,
+    scratch: Path | None,
 ) -> tuple[Ints, Ints, Reals]:
     """Verified pairs of indices into `rows`: those before `split` with those from it on."""
-    keys = band_keys(shingles, rows, bands, width, seed, Path(), threads)
+    keys = band_keys(shingles, rows, bands, width, seed, scratch, threads)
     found = in_threads(lambda band: matches(keys[band, :split], keys[band, split:], bucket), range(bands), threads)
     pairs = np.unique(np.concatenate(found))
     left, right = (pairs >> _32).astype(np.int64), (pairs & _LOW).astype(np.int64) + split
@@ -232,7 +240,7 @@ def band_keys(
     bands: int,
     width: int,
     seed: int,
-    scratch: Path,
+    scratch: Path | None,
     threads: int = 0,
     name: str = "band-keys.u64",
 ) -> Hashes:

@@ -69,7 +69,7 @@ def shingle_sets(
     ngram: int,
     chars: int | None = None,
     least: int = 0,
-    scratch: Path = Path(),
+    scratch: Path | None = None,
     threads: int = 0,
 ) -> Shingles:
     """Shingles of all rows of `tables` (schema ROW, at least VIEW_COLUMNS), taken one table after the other.
@@ -77,7 +77,8 @@ def shingle_sets(
     A unit of w words has w - ngram + 1 shingles. A shorter one has one, all of it, whose hash also depends on w, so
     that it equals only the same short unit; or, with `chars`, its runs of so many letters (words parted by one space).
     One without words has none. Of `turn` units those of at least `least` bytes are taken. Holds 8 bytes a word, beyond
-    spill.LIMIT in a file of `scratch`, and 20 a unit. threads: 0 for all processors; the result does not depend on it.
+    spill.LIMIT in a file of `scratch` (None: the system's), and 20 a unit. threads: 0 for all processors; the result
+    does not depend on it.
     """
     if min(ngram, 1 if chars is None else chars) < 1:
         raise ValueError(f"ngram is {ngram}, chars {chars}; they must be at least 1")

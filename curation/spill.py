@@ -1,9 +1,11 @@
-"""Arrays that grow beyond memory: kept there up to a limit, beyond it in files of a scratch folder, read by mmap."""
+"""Arrays that grow beyond memory: kept there up to a limit, beyond it in files of a scratch folder, read by mmap. The
+files have no name that another array could take, and go when nothing maps them any more."""
 
 import mmap
 import os
+import tempfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -16,8 +18,8 @@ class Spool:
     """An array that pieces are appended to. In memory only the pages that were written count, so that room for LIMIT
     bytes is asked for at once and nothing is copied twice."""
 
-    def __init__(self, folder: Path, name: str, dtype: type[Any]) -> None:
-        self.path, self.dtype, self.size = folder / name, np.dtype(dtype), 0
+    def __init__(self, folder: Path | None, name: str, dtype: type[Any]) -> None:
+        self.path, self.dtype, self.size = _path(folder, name), np.dtype(dtype), 0
         self.held = np.empty(LIMIT // self.dtype.itemsize, dtype)
         self.file: BinaryIO | None = None
 
@@ -38,10 +40,11 @@ class Spool:
         if self.file is None:
             return self.held[: self.size]
         try:
-            self.file.close()
+            self.file.flush()
         except OSError as error:
             raise _no_room(self.path, self.size * self.dtype.itemsize, error) from error
-        return np.memmap(self.path, self.dtype, "r+", shape=(self.size,))
+        with self.file:
+            return np.memmap(self.file, self.dtype, "r+", shape=(self.size,))
 
     def _write(self, piece: np.ndarray) -> None:
         assert self.file is not None
@@ -51,20 +54,21 @@ class Spool:
             raise _no_room(self.path, self.size * self.dtype.itemsize + piece.nbytes, error) from error
 
 
-def matrix(folder: Path, name: str, shape: tuple[int, int], dtype: type[Any]) -> np.ndarray:
+def matrix(folder: Path | None, name: str, shape: tuple[int, int], dtype: type[Any]) -> np.ndarray:
     """An uninitialised array of this shape, in a file where it is larger than LIMIT."""
     size = shape[0] * shape[1] * np.dtype(dtype).itemsize
     if size <= LIMIT:
         return np.empty(shape, dtype)
-    with _opened(folder / name) as file:
+    path = _path(folder, name)
+    with _opened(path) as file:
         try:
             if hasattr(os, "posix_fallocate"):  # a full disk must be an error here, not a SIGBUS later
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.truncate(size)
         except OSError as error:
-            raise _no_room(folder / name, size, error) from error
-    return np.memmap(folder / name, dtype, "r+", shape=shape)
+            raise _no_room(path, size, error) from error
+        return np.memmap(file, dtype, "r+", shape=shape)
 
 
 def let_go(array: np.ndarray) -> None:
@@ -78,9 +82,14 @@ def spilled(array: np.ndarray) -> bool:
     return isinstance(array, np.memmap)
 
 
+def _path(folder: Path | None, name: str) -> Path:
+    """Where an array spills; without a folder where the system keeps temporary files."""
+    return (Path(tempfile.gettempdir()) if folder is None else folder) / name
+
+
 def _opened(path: Path) -> BinaryIO:
     try:
-        return path.open("wb+")
+        return cast(BinaryIO, tempfile.TemporaryFile("w+b", dir=path.parent))
     except OSError as error:
         raise HouseError(
             f"cannot write {path}: {error.strerror}. Free some space there, or choose another --out."

@@ -102,11 +102,13 @@ def survivors(groups: Ints, rank: Ints) -> Ints:
 
 
 def json_column(fields: Mapping[str, pa.Array]) -> pa.Array:
-    """One JSON object a row with these keys in sorted order; a null leaves its key out ({} where all are null).
-    Strings are taken to need no escapes (ids, names of views)."""
+    """One JSON object a row with these keys in sorted order; a null, or a number that is not finite,
+    leaves its key out ({} where all are). Strings are taken to need no escapes (ids, names of views)."""
     pieces = []
     for name, values in sorted(fields.items()):
         quote = '"' if pa.types.is_string(values.type) else ""
+        if pa.types.is_floating(values.type):  # JSON has no NaN and no infinity
+            values = pc.if_else(pc.is_finite(values), values, pa.scalar(None, values.type))
         text = values if quote else values.cast(pa.string())
         pieces.append(pc.binary_join_element_wise(f'"{name}": {quote}', text, quote, ""))
     nothing = pc.is_null(pc.coalesce(*pieces))  # Arrow's join would leave such a row out altogether

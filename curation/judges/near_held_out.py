@@ -49,14 +49,15 @@ class NearHeldOut(Unmeasured):
         held = list(corpus.held_out(VIEW_COLUMNS))
         nearest = np.full(corpus.rows, -1, np.int64)
         view, similarity = np.zeros(corpus.rows, np.int64), np.zeros(corpus.rows)
-        test = [shingle_sets(held, which, self.ngram) for which in _VIEWS] if held else []
+        test = [shingle_sets(held, which, self.ngram, scratch=corpus.scratch) for which in _VIEWS] if held else []
         start = 0
         for group in _groups(corpus.tables(VIEW_COLUMNS), sum(rows.num_rows for rows in held)) if test else ():
             size = sum(rows.num_rows for rows in group)
             here = slice(start, start + size)
             for index, which in enumerate(_VIEWS):
-                train = shingle_sets(group, which, self.ngram)
-                out, row, near = near_pairs_between(test[index], train, self.threshold, *banding(self.threshold))
+                train = shingle_sets(group, which, self.ngram, scratch=corpus.scratch)
+                how = (self.threshold, *banding(self.threshold))
+                out, row, near = near_pairs_between(test[index], train, *how, scratch=corpus.scratch)
                 best = np.lexsort((out, -near, row))
                 best = best[np.unique(row[best], return_index=True)[1]]
                 best = best[near[best] > similarity[here][row[best]]]

@@ -141,8 +141,12 @@ def test_what_spills_to_disk_is_judged_alike(view: Any, tmp_path: Path, monkeypa
     before = {path.name: path.read_bytes() for path in (tmp_path / "index/a/clean").iterdir()}
     monkeypatch.setattr(spill, "LIMIT", 1000)
     live = Live(rows, tmp_path, home=tmp_path / "a" / "clean")
+    opened: list[Path] = []
+    really = spill._opened
+    monkeypatch.setattr(spill, "_opened", lambda path: opened.append(path) or really(path))
     assert judge.judge(live).equals(expected)
-    assert {path.suffix for path in live.scratch.iterdir()} == {".u64", ".parquet"}
+    assert len(opened) > 2 and {path.parent for path in opened} == {live.scratch}
+    assert {path.suffix for path in live.scratch.iterdir()} == {".parquet"}  # a spilled array has no name to be left
     assert {path.name: path.read_bytes() for path in (tmp_path / "index/a/clean").iterdir()} == before
 
 
