@@ -3,7 +3,7 @@ extremes, and loops as short as texts and attention heads. Addresses and strides
 
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -87,7 +87,8 @@ def highest(typing, row, vectors):  # type: ignore[no-untyped-def]
     """highest(row, vectors): the greatest of so many vectors' numbers."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return _extreme(builder, *values, ">")
+        row, count = values
+        return _extreme(builder, row, count, ">")
 
     return types.float32(types.intp, types.intp), codegen
 
@@ -97,7 +98,8 @@ def lowest(typing, row, vectors):  # type: ignore[no-untyped-def]
     """lowest(row, vectors): the least of so many vectors' numbers."""
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return _extreme(builder, *values, "<")
+        row, count = values
+        return _extreme(builder, row, count, "<")
 
     return types.float32(types.intp, types.intp), codegen
 

@@ -5,7 +5,7 @@ needed: mean cosine to fp32 is 0.9995 for all-MiniLM-L6-v2. Integer sums are exa
 token or one text, so that a text's vector is equal to the last bit whatever lies beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -25,7 +25,7 @@ Vectors = NDArray[np.float32]
 
 def native() -> bool:
     """Whether this CPU multiplies int8 natively (VNNI), and numba is there to compile what lies between."""
-    flags: dict[str, Any] = torch.cpu.get_capabilities() if find_spec("numba") else {}
+    flags: Mapping[str, Any] = torch.cpu.get_capabilities() if find_spec("numba") else {}
     return bool(flags.get("avx512_vnni") or flags.get("avx_vnni") or flags.get("amx_int8"))
 
 

@@ -67,7 +67,8 @@ class RepresentationSimilarity:
         order = canonical(rows.keys)
         ties = hashes(rows.keys, self.seed)[order]
         found = round_robin(points[order], targets, rows.costs[order], self.budget, rows.open[order], ties)
-        keep, rank, target, near = (np.zeros(len(rows), kind) for kind in (np.bool_, np.int64, np.int64, np.float64))
+        keep, near = np.zeros(len(rows), np.bool_), np.zeros(len(rows))
+        rank, target = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
         taken = order[found.rows]
         keep[taken], rank[taken] = True, 1 + np.arange(len(taken))
         target[order], near[order] = found.target, found.similarity
