@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from .folder import HouseError, RunFolder, read_json, read_parquet, write_json, write_parquet
 from .judging import KEPT, VALUES
-from .ledger import Mask, State, StepRecord, load_state, records, source_parts, step_folders
+from .ledger import Mask, State, StepRecord, load_state, read_verdicts, records, source_parts, step_folders
 from .selection import Hashes, hashes, row_keys
 from .spans import Ints
 
@@ -374,8 +374,8 @@ def plain_report(found: Report) -> dict[str, Any]:
 
 def check_labels(folder: RunFolder, earlier: RunFolder) -> pa.Table:
     """Labels of an earlier run held against this one (a regression test): for each labelled content that came in here
-    too: content_id, label, kept (whether it lives at the end of every set that read it), right (good and kept, or bad
-    and dropped)."""
+    too: row_id, content_id, label, kept (whether it lives at the end of every set that read it), right (good and kept,
+    or bad and dropped), fate (kept, or the step that dropped it and its reason)."""
     labels = [row for home in sorted((earlier.root / "audits").glob("*"))
               for row in read_labels(home).values() if row["label"] != "unsure"]  # fmt: skip
     wanted = {row["content_id"]: row["label"] for row in labels}
@@ -385,12 +385,29 @@ def check_labels(folder: RunFolder, earlier: RunFolder) -> pa.Table:
         for home in step_folders(folder, path.parent.name):
             state = load_state(folder, state, home, read_json(home / "step.json"))
         for part, mask in state.masks():
-            ids = pq.read_table(part, columns=["content_id"])["content_id"]
+            names = pq.read_table(part, columns=["row_id", "content_id"])
+            ids = names["content_id"]
             hit = pc.is_in(ids, value_set=pa.array(list(wanted), pa.string())).to_numpy()
-            for content, live in zip(ids.filter(pa.array(hit)).to_pylist(), mask[hit].tolist(), strict=True):
-                label = wanted[content]
-                found.append({"set": path.parent.name, "content_id": content, "label": label, "kept": live,
+            for row, live in zip(names.filter(pa.array(hit)).to_pylist(), mask[hit].tolist(), strict=True):
+                label = wanted[row["content_id"]]
+                found.append({**row, "set": path.parent.name, "label": label, "kept": live,
                               "right": live == (label == "good")})  # fmt: skip
-    kinds = {"set": pa.string(), "content_id": pa.string(), "label": pa.string(), "kept": pa.bool_(),
-             "right": pa.bool_()}  # fmt: skip
+        mine = [row for row in found if row["set"] == path.parent.name]
+        gone = _dropped_by(folder, path.parent.name, [row["row_id"] for row in mine if not row["kept"]])
+        for row in mine:
+            row["fate"] = "kept" if row["kept"] else f"dropped ({gone.get(row['row_id'], 'unknown')})"
+    kinds = {"set": pa.string(), "row_id": pa.string(), "content_id": pa.string(), "label": pa.string(),
+             "kept": pa.bool_(), "right": pa.bool_(), "fate": pa.string()}  # fmt: skip
     return pa.Table.from_pylist(found, schema=pa.schema(kinds))
+
+
+def _dropped_by(folder: RunFolder, set_name: str, rows: Sequence[str]) -> dict[str, str]:
+    """Which step dropped each of these rows, and its reason."""
+    wanted = pa.array(rows, pa.string())
+    found = {}
+    for home in step_folders(folder, set_name):
+        for table in read_verdicts(home, ["row_id", "keep", "reason"]):
+            here = table.filter(pc.and_(pc.invert(table["keep"]), pc.is_in(table["row_id"], value_set=wanted)))
+            for row in here.to_pylist():
+                found[row["row_id"]] = f"{home.name}: {row['reason']}"
+    return found

@@ -26,7 +26,7 @@ from .judging import KEPT, VALUES
 from .ledger import Mask, State, StepRecord, load_state, source_parts
 from .overrides import Overrides, overruled
 from .sift import AnyStep, SetPlan, full_steps, held_out_ids, held_out_rows, step_name
-from .steps import Corpus, CorpusJudge, Measure, RowJudge, Tools, columns_read, value_names
+from .steps import Corpus, CorpusJudge, Measure, RowJudge, Tools, brief, columns_read, value_names
 
 JUDGE_ERROR = "judge_error"
 
@@ -51,6 +51,7 @@ class Again:
     step: int
     name: str
     judge: str
+    brief: str  # the judge with the fields that its recipe sets
     changed: bool
     came: int
     made: int
@@ -145,7 +146,7 @@ class _Place:
         pace = self.record["seconds"] / max(1, self.record["came"])
         ordered = dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
         return Again(
-            self.index, type(step).__name__, repr(step), changed, int(self.alive.sum()), made, kept,
+            self.index, type(step).__name__, repr(step), brief(step), changed, int(self.alive.sum()), made, kept,
             sum(reasons.values()), waiting, ordered, waiting * pace if waiting else None, self.record,
         )  # fmt: skip
 

@@ -205,7 +205,11 @@ class Verdict:
         low, high = self.limits
         if (low, high) != (None, None):
             span = f"from {low:g} to {high:g}" if low is not None and high is not None else ""
-            span = span or (f"from {low:g}" if low is not None else f"up to {high:g}")
+            span = span or (
+                f"from {low:g}"
+                if low is not None
+                else f"{'below' if not self.keep and self.score == high else 'up to'} {high:g}"
+            )
             said += f", kept {span}"
         return said
 

@@ -67,8 +67,10 @@ def add_override(
     path = folder.root / "overrides.parquet"
     said = None if content is None else json.dumps(content, ensure_ascii=False)
     line = {"row_id": row_id, "content_id": None, "action": action, "content": said, "who": who, "why": why}
-    if (action == "edit") != (content is not None):
-        raise HouseError(f"override of {row_id}: the new content belongs to `edit`, and to it alone")
+    if action == "edit" and content is None:
+        raise HouseError(f"override of {row_id}: `edit` needs the new fields (--content)")
+    if action != "edit" and content is not None:
+        raise HouseError(f"override of {row_id}: new content belongs to `edit` alone, not to `{action}`")
     if action == "edit":
         _edited_content(path, 1, line)
     write_parquet(path, pa.Table.from_pylist([*read_overrides(folder), line], schema=OVERRIDES))

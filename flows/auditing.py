@@ -306,9 +306,7 @@ def print_check(folder: RunFolder, earlier: RunFolder, console: Console) -> int:
         Text(f"{len(checked)} labelled rows came in again: {len(checked) - len(wrong)} are treated as labelled")
     )
     for row in wrong[:20]:
-        console.print(Text(f"  {row['set']}: content {row['content_id']} is {row['label']}, and {_fate(row)}"))
+        console.print(Text(f"  {row['set']}: row {row['row_id']} is {row['label']}, and {row['fate']}"))
+    if len(wrong) > 20:
+        console.print(Text(f"  and {len(wrong) - 20} more"))
     return len(wrong)
-
-
-def _fate(row: Mapping[str, Any]) -> str:
-    return "kept" if row["kept"] else "dropped"

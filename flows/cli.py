@@ -205,7 +205,7 @@ def decide(
 
     console: Console = wide_console()
     decision = decide_again(folder, overrides or ())
-    print_decision(decision, console)
+    print_decision(decision, console, writes=write is not None)
     if write is not None:
         from .progress import Terminal
 

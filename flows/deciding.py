@@ -100,7 +100,7 @@ def _silent(done: int, total: int) -> None:
 # ---- what is shown
 
 
-def print_decision(decision: Decision, console: Console) -> None:
+def print_decision(decision: Decision, console: Console, *, writes: bool = False) -> None:
     """The new funnel beside the old one, what waits and its price, and what changes in the end."""
     for one in decision.sets:
         if not any(step.changed for step in one.steps):
@@ -111,7 +111,8 @@ def print_decision(decision: Decision, console: Console) -> None:
             console.print(Text(line))
     for name in decision.unsure:
         console.print(Text(f"set {name} is built from the rows of a set that changes: only a run can tell"))
-    console.print(Text(f"decided in {decision.seconds:.1f} s; no release was written", style="dim"))
+    written = "" if writes else "; no release was written"
+    console.print(Text(f"decided in {decision.seconds:.1f} s{written}", style="dim"))
 
 
 def _funnel(one: SetAgain) -> Table:
@@ -133,7 +134,7 @@ def _funnel(one: SetAgain) -> Table:
 def _sentences(one: SetAgain) -> Iterator[str]:
     for step in one.steps:
         if step.changed:
-            yield f"{step.before['judge']}\n  becomes {step.judge}"
+            yield f"{step.before.get('brief', step.before['judge'])}\n  becomes {step.brief}"
         for note in step.notes:
             yield f"! {note}"
     yield f"{one.gained:,} rows come in, {one.lost:,} leave"

@@ -86,7 +86,7 @@ def test_a_person_overrules(shared: Path, whole: Whole, tmp_path: Path) -> None:
     [
         ("kep", "x", None, "did you mean 'keep'"),
         ("keep", " ", None, "--why is empty"),
-        ("edit", "x", None, "belongs to `edit`"),
+        ("edit", "x", None, "`edit` needs the new fields"),
         ("edit", "x", "{", "not JSON"),
         ("edit", "x", "[1]", "JSON object"),
         ("edit", "x", "@/nowhere", "No such file"),
