@@ -55,7 +55,7 @@ class QualityClassifier:
         from ..reading.files import files_digest, find_files
         from ..rows import digest
 
-        pieces = []
+        pieces: list[str] = []
         for side in (self.positives, self.negatives):
             for address in side:
                 with about(f"QualityClassifier, {'negatives' if pieces.count('side') else 'positives'}"):
