@@ -24,9 +24,10 @@ from .models import Workshop, set_plan
 from .progress import Done, Silent, interrupts_wait, timed
 from .recipe import Curate, Recipe, Source, Train, check, digest, dump
 from .server import prefect_environment, prefect_server
-from .stages import Evaluate, cautions, models_of
+from .stages import Evaluate, cautions, models_of, steps_of
 
 Parts = Literal["all", "curate"]
+FILES = {".parquet", ".jsonl", ".json", ".csv", ".tsv", ".arrow", ".gz", ".zst"}  # what else a path says is no file's
 NOT_OURS = ("measures", "models", "cache")  # what may outlive a release or change without it
 
 
@@ -118,6 +119,7 @@ def start(recipe: Recipe, folder: RunFolder, previous: str | None = None) -> dic
             raise HouseError(
                 f"model {name!r}: {model.path} holds no config.json; give a folder in Hugging Face's format"
             )
+    _evaluation_files(recipe)
     text = dump(recipe)
     if folder.recipe.is_file():
         _same_recipe(folder, text)
@@ -130,6 +132,19 @@ def start(recipe: Recipe, folder: RunFolder, previous: str | None = None) -> dic
         begun = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "previous": previous, "cache": shared}
         write_json(path, begun)
     return read_json(path)
+
+
+def _evaluation_files(recipe: Recipe) -> None:
+    """A HouseError where a Decontaminate names a file that is not there: its step comes late, hours into a long run."""
+    from ..curation.benchmark_sets import resolved
+    from ..curation.judges.decontaminate import Decontaminate
+
+    steps = [step for stage in recipe.sets().values() for step in steps_of(recipe, stage)]
+    for step in steps:
+        for one in resolved(step.against, step.sets or {}) if isinstance(step, Decontaminate) else ():
+            path = Path(one.path)
+            if path.suffix in FILES and not any(mark in one.path for mark in ":*?[") and not path.exists():
+                raise HouseError(f"evaluation set {one.title}: there is no file {one.path}. Check the path.")
 
 
 def _same_recipe(folder: RunFolder, text: str) -> None:
