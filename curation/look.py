@@ -150,7 +150,7 @@ def _set_table(one: SetFunnel, width: int) -> Table:
     for step in one.steps:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in step["reasons"].items())
         counts = (step["came"], step["made"] or "", step["kept"], step["dropped"] or "")
-        judge = cut(step.get("brief", step["judge"]), max(20, (width - 44) // 2))
+        judge = cut(step.get("brief") or step["judge"], max(20, (width - 44) // 2))
         table.add_row(Text(str(step["step"])), *_cells(judge, *counts, reasons))
     return table
 

@@ -144,7 +144,7 @@ def _evaluation_files(recipe: Recipe) -> None:
         for one in resolved(step.against, step.sets or {}) if isinstance(step, Decontaminate) else ():
             path = Path(one.path)
             if path.suffix in FILES and not any(mark in one.path for mark in ":*?[") and not path.exists():
-                raise HouseError(f"evaluation set {one.title}: there is no file {one.path}. Check the path.")
+                raise HouseError(f"evaluation set {one.title}: {one.path}: no such file or folder. Check the path.")
 
 
 def _same_recipe(folder: RunFolder, text: str) -> None:
