@@ -23,7 +23,8 @@ lint: $(VENV)/.test $(VENV)/.lint
 	  status=$$?; rm -rf $$scratch; exit $$status
 
 bench: $(VENV)/.test $(VENV)/.bench
-	$(BIN)/python benchmarks/near_duplicates.py
+	@for name in near_duplicates row_judges decontamination embedding lm_measures selection; do \
+	  echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .shingles import Hashes, Shingles, compiled, in_threads, joined, mixed, processors
+from .pool import processors
+from .shingles import Hashes, Shingles, compiled, in_threads, joined, mixed
 from .spans import Ints
 from .spill import let_go, matrix, spilled
 

@@ -131,7 +131,8 @@ def test_small_work_and_steps_that_only_live_here_stay_in_place() -> None:
 
 def test_a_worker_that_dies_is_an_error_for_the_user_and_the_pool_starts_again() -> None:
     with pool(2, "processes") as crew:
-        with pytest.raises(HouseError, match=r"worker processes died.*run the same command again, with fewer --workers"):
+        said = r"worker processes died.*run the same command again, with fewer --workers"
+        with pytest.raises(HouseError, match=said):
             list(crew.map(os._exit, [9]))
         assert list(crew.map(abs, [-1])) == [1]
 

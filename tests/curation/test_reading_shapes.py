@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from gristmill.curation.folder import HouseError
 from gristmill.curation.reading.shapes import recognise
 from gristmill.curation.reading.source import Source, Unreadable, iter_rows
 from gristmill.curation.reading.turns import Unfit

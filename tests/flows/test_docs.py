@@ -1,9 +1,11 @@
 """What the README and the architecture page say is so: commands, options, the recipe shown, the files of each room."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.main import get_command
 
 from gristmill.curation.steps import find_steps
@@ -47,6 +49,26 @@ def test_overrides_in_the_readme_are_taken() -> None:
     overrides = re.findall(r"`([^`]+)`", line.group(1))
     assert len(overrides) >= 5
     load_text(shown.group(1), overrides=[item.replace("…", "x") for item in overrides])
+
+
+METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+SECTIONS = {part.split("\n", 1)[0]: part for part in METHODS.split("\n### ")[1:]}
+
+
+@pytest.mark.parametrize("name", sorted(find_steps()))
+def test_every_step_has_a_section_with_a_line_that_loads_and_a_real_row(name: str) -> None:
+    line = re.search(r"```yaml\n- (.*)\n```", SECTIONS[name])
+    row = re.search(r"```json\n(.*)\n```", SECTIONS[name])
+    assert line and row
+    fact = json.loads(row.group(1))
+    assert {"row_id", "keep", "reason", "score", "evidence"} == set(fact) or {"row_id", "maker", "parents"} == set(fact)
+    models = "".join(f"  {model}: {{path: x}}\n" for model in ("small", "minilm", "static", "nli"))
+    shown = yaml.safe_load(line.group(1))
+    kind = "preference" if name in ("PairPreference", "PreferenceFromModel", "EqualAnswers") else "sft"
+    recipe = {"name": "r", "sources": {"s": {"path": "s.jsonl", "licence": "MIT"}}, "models": yaml.safe_load(models),
+              "stages": [{"curate": {"set": "specialised", "sources": ["s"]}},
+                         {"curate": {"set": "t", "kind": kind, "sources": ["s"], "steps": [shown]}}]}  # fmt: skip
+    assert load_text(yaml.safe_dump(recipe)).sets()["t"].steps
 
 
 @pytest.mark.parametrize("room", ["curation", "flows", "tuning"])
