@@ -107,9 +107,11 @@ class Executor:
     def _submit(self, work: Callable[[Task], Result], task: Task) -> Any:
         from concurrent.futures import BrokenExecutor
 
-        if self.running is None:
-            self.running = self.start(self.workers)
         try:
+            if self.running is None:
+                self.running = self.start(self.workers)
+                with _interrupts_held():  # the first task starts all workers
+                    return self.running.submit(work, task)
             return self.running.submit(work, task)
         except BrokenExecutor as error:
             raise self._broken() from error
@@ -257,6 +259,22 @@ def _processes(workers: int) -> Any:
     return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin)
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits. A worker born meanwhile does not see it before `_begin` says that it is not its business: else one
+    that is still importing would print a traceback of its own."""
+    import signal
+
+    if not hasattr(signal, "pthread_sigmask"):  # not on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin() -> None:
     """In a new worker process: one thread, no Ctrl-C of its own (the run ends it), no life after the run's."""
     import multiprocessing
@@ -264,6 +282,8 @@ def _begin() -> None:
 
     _one_thread()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
