@@ -333,6 +333,9 @@ def _make(step: Maker, live: LiveRows, write: Write) -> tuple[list[Path], Mask]:
     keeps: list[Mask] = []
     parents: set[str] = set()
     seen: dict[str, int] = {}
+    for part in live.state.parts:
+        if part.name.startswith(f"made-{plan.name}-"):  # the same maker may stand in a recipe twice
+            seen |= dict.fromkeys(pq.read_table(part, columns=["row_id"])["row_id"].to_pylist(), 1)
     for rows in step.make(live):
         rows = _distinct(rows.cast(ROW), seen)
         if not rows.num_rows:
@@ -361,11 +364,15 @@ def _fate(row: Mapping[str, Any], plan: SetPlan) -> str | None:
 
 
 def _distinct(rows: pa.Table, seen: dict[str, int]) -> pa.Table:
-    """Rows whose ids are unique within the step: the n-th repetition of an id gets one of its own."""
+    """Rows whose ids none of `seen` (id -> how often) has: the n-th repetition of an id gets one of its own."""
     ids = []
     for row_id in rows["row_id"].to_pylist():
-        seen[row_id] = seen.get(row_id, 0) + 1
-        ids.append(row_id if seen[row_id] == 1 else digest("again", row_id, str(seen[row_id])))
+        own = row_id
+        while own in seen:
+            seen[row_id] += 1
+            own = digest("again", row_id, str(seen[row_id]))
+        seen[own] = 1
+        ids.append(own)
     return rows.set_column(0, ROW.field("row_id"), pa.array(ids, pa.string()))
 
 

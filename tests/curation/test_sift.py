@@ -370,3 +370,27 @@ def test_state_is_independent_of_part_size(folder: RunFolder, write_source: Writ
         verdict_sets.append([stored(other, name) for name in ("02-AtLeast", "03-EveryOther")])
     assert verdict_sets[0] == verdict_sets[1]
     assert isinstance(state_before(other, plan_of(AtLeast(), EveryOther()), 2), State)
+
+
+@dataclass(frozen=True)
+class Copy(Shout):
+    """Makes a row of each row that was read, which stays."""
+
+    consumes: ClassVar[str | None] = None
+
+    def make(self, corpus: Corpus) -> Iterator[pa.Table]:
+        for rows in corpus.tables():
+            yield table(
+                made_row(repr(self), [row["row_id"]], 0, "copy", messages=_shouted(row))
+                for row in rows.to_pylist()
+                if row["maker"] is None
+            )
+
+
+def test_the_same_maker_twice_gives_rows_of_their_own(folder: RunFolder, write_source: Write, make_row: Make) -> None:
+    write_source("a", rows_of(make_row, ["one", "two"]))
+    run(folder, plan_of(Copy(), Copy()))
+    ids = [
+        i for t in state_before(folder, plan_of(Copy(), Copy()), 5).tables(["row_id"]) for i in t["row_id"].to_pylist()
+    ]
+    assert len(ids) == 6 == len(set(ids))
