@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from .folder import HouseError, RunFolder, read_json, read_parquet, write_json, write_parquet
 from .judging import KEPT, VALUES
-from .ledger import Mask, State, StepRecord, load_state, read_verdicts, records, source_parts, step_folders
-from .selection import Hashes, hashes, row_keys
+from .ledger import Mask, State, StepRecord, passages, read_verdicts, records, source_parts, step_folders
+from .selection import Hashes, hashes, quotas, row_keys
 from .spans import Ints
 
 Label = Literal["good", "bad", "unsure"]
@@ -143,21 +143,15 @@ def stratified(keys: Hashes, dropped: Mask, scores: Reals, size: int, seed: int)
 
 def _split(total: int, available: Sequence[int]) -> list[int]:
     """`total` in equal shares, none above what is available; what one cannot take goes to the others."""
-    shares = [0] * len(available)
-    for _ in range(min(total, sum(available))):
-        able = [i for i, most in enumerate(available) if shares[i] < most]
-        shares[min(able, key=lambda i: (shares[i], i))] += 1
-    return shares
+    found: list[int] = quotas(np.ones(len(available)), np.array(available, np.int64), total).tolist()
+    return found
 
 
 def _around(folder: RunFolder, record: StepRecord) -> tuple[State, State]:
     """The set's state before and after the step."""
-    state = source_parts(folder, read_json(folder.ledger / record["set"] / "set.json")["sources"])
-    for home in step_folders(folder, record["set"]):
-        after = load_state(folder, state, home, read_json(home / "step.json"))
-        if home.name.startswith(f"{record['step']:02d}-"):
-            return state, after
-        state = after
+    for passage in passages(folder, record["set"]):
+        if passage.record["step"] == record["step"]:
+            return passage.before, passage.after
     raise HouseError(f"step {record['step']} of set {record['set']} is not finished")
 
 
@@ -382,8 +376,8 @@ def check_labels(folder: RunFolder, earlier: RunFolder) -> pa.Table:
     found: list[dict[str, Any]] = []
     for path in sorted(folder.ledger.glob("*/set.json")):
         state = source_parts(folder, read_json(path)["sources"])
-        for home in step_folders(folder, path.parent.name):
-            state = load_state(folder, state, home, read_json(home / "step.json"))
+        for passage in passages(folder, path.parent.name):
+            state = passage.after
         for part, mask in state.masks():
             names = pq.read_table(part, columns=["row_id", "content_id"])
             ids = names["content_id"]

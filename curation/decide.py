@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .cache import attempt, measure_key, measured, stored
+from .cache import measure_key, measured, stored
 from .door import Progress
 from .folder import HouseError, RunFolder, read_json
-from .judging import KEPT, VALUES
+from .judging import KEPT, VALUES, tried
 from .ledger import Mask, State, StepRecord, load_state, source_parts
 from .overrides import Overrides, overruled
 from .sift import AnyStep, SetPlan, full_steps, held_out_ids, held_out_rows, step_name
@@ -206,13 +206,7 @@ def _judge_rows(place: _Place, judge: RowJudge, where: Any, values: pa.Table) ->
     for rows in tables:
         said = values.slice(start, rows.num_rows)
         start += rows.num_rows
-        index = pa.table({"index": pa.array(np.arange(rows.num_rows))})
-
-        def judged(piece: pa.Table, rows: pa.Table = rows, said: pa.Table = said) -> pa.Table:
-            first = piece["index"][0].as_py()
-            return judge.judge(rows.slice(first, piece.num_rows), said.slice(first, piece.num_rows))
-
-        table, errors = attempt(judged, index, type(judge).__name__)
+        table, errors = tried(judge, rows, said)
         verdict = table.select(["keep", "reason"])
         if errors:
             raised = pa.array([i in errors for i in range(rows.num_rows)])

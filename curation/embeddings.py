@@ -24,16 +24,25 @@ def vectors(corpus: Corpus, model: str | None, which: View, dims: int = 64, seed
     """Unit vectors of all live rows, float32, in the order of `corpus.tables()`: the measured embedding of `model` (in
     the judge's `needs`), or, where it is None, tfidf_svd of `dims` dimensions, fitted in the order of row_id."""
     if model is None:
-        names: list[str] = []
-        texts: list[str] = []
-        for table in corpus.tables(["row_id", *VIEW_COLUMNS]):
-            names += table["row_id"].to_pylist()
-            texts += view(table, which)
-        order = np.array(sorted(range(len(names)), key=names.__getitem__), np.int64)
-        found = np.empty((len(names), dims), np.float32)
-        found[order] = tfidf_svd([texts[i] for i in order], dims, seed)
-        return found
+        return fitted_vectors(corpus, (), which, dims, seed)[0]
     return _measured(corpus.values(["embedding"])["embedding"])
+
+
+def fitted_vectors(
+    corpus: Corpus, more: Sequence[str], which: View, dims: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """tfidf_svd of all live rows, in the order of `corpus.tables()`, and of the texts `more`, fitted on both together:
+    rows in the order of row_id, then `more`."""
+    names: list[str] = []
+    texts: list[str] = []
+    for table in corpus.tables(["row_id", *VIEW_COLUMNS]):
+        names += table["row_id"].to_pylist()
+        texts += view(table, which)
+    order = np.array(sorted(range(len(names)), key=names.__getitem__), np.int64)
+    both = tfidf_svd([*(texts[i] for i in order), *more], dims, seed)
+    found = np.empty((len(names), dims), np.float32)
+    found[order] = both[: len(names)]
+    return found, both[len(names) :]
 
 
 def _measured(column: pa.ChunkedArray) -> np.ndarray:

@@ -124,17 +124,23 @@ def judged(step: RowJudge, keep_scores: bool, work: Work) -> Judged:
     rows = table.select(columns) if columns else pa.table({"_none": pa.nulls(table.num_rows)})
     if values is None:
         values = pa.table({"_none": pa.nulls(table.num_rows)})
-    index = pa.table({"index": pa.array(np.arange(table.num_rows))})
+    found, failed = tried(step, rows, values, BROKEN)
+    faults: list[Fault] = []
+    found = _with_errors(found, table["row_id"], {**errors, **failed}, step, faults)
+    keep = np.asarray(found["keep"], np.bool_)
+    return Judged(keep, ledger_rows(table["row_id"], found, keep_scores=keep_scores), faults, [])
+
+
+def tried(step: RowJudge, rows: pa.Table, values: pa.Table, least: int = 2) -> tuple[pa.Table, dict[int, str]]:
+    """`step.judge` of these rows and their values; rows on which it raises are nulls there, their tracebacks told by
+    row. least: as in cache.attempt."""
+    index = pa.table({"index": pa.array(np.arange(rows.num_rows))})
 
     def judge(piece: pa.Table) -> pa.Table:
         start = piece["index"][0].as_py()
         return step.judge(rows.slice(start, piece.num_rows), values.slice(start, piece.num_rows))
 
-    found, failed = attempt(judge, index, type(step).__name__, BROKEN)
-    faults: list[Fault] = []
-    found = _with_errors(found, table["row_id"], {**errors, **failed}, step, faults)
-    keep = np.asarray(found["keep"], np.bool_)
-    return Judged(keep, ledger_rows(table["row_id"], found, keep_scores=keep_scores), faults, [])
+    return attempt(judge, index, type(step).__name__, least)
 
 
 # ---- corpus judges

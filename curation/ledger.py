@@ -77,6 +77,25 @@ def load_state(folder: RunFolder, before: State, step: Path, record: StepRecord)
     return before.grown(parts, np.unpackbits(packed, count=total).astype(np.bool_))
 
 
+@dataclass(frozen=True)
+class Passage:
+    """A finished step: its record, and the set's rows before and after it."""
+
+    record: StepRecord
+    before: State
+    after: State
+
+
+def passages(folder: RunFolder, set_name: str) -> Iterator[Passage]:
+    """The finished steps of a set, in order."""
+    state = source_parts(folder, read_json(folder.ledger / set_name / "set.json")["sources"])
+    for home in step_folders(folder, set_name):
+        record = read_json(home / "step.json")
+        after = load_state(folder, state, home, record)
+        yield Passage(record, state, after)
+        state = after
+
+
 def save_alive(path: Path, alive: Mask) -> None:
     np.save(path, np.packbits(alive), allow_pickle=False)
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from .folder import HouseError
 from .rows import ROW
-from .selection import Bools, Hashes, Reals, quotas, row_keys, shuffled, spend_in_groups
+from .selection import Bools, Hashes, Reals, codes, quotas, row_keys, shuffled, spend_in_groups
 from .spans import Ints
 from .steps import Corpus
 
@@ -47,13 +47,7 @@ def _named(meta: str | None, key: str) -> str:
 
 def groups(corpus: Corpus, by: str) -> tuple[Ints, list[str]]:
     """(number of each live row's group, the groups in sorted order)."""
-    pieces = [group_names(part, by) for part in corpus.tables([group_column(by)])]
-    coded = pa.chunked_array(pieces, pa.string()).combine_chunks().dictionary_encode()
-    coded = coded.combine_chunks() if isinstance(coded, pa.ChunkedArray) else coded
-    names = coded.dictionary.to_pylist()
-    place = np.empty(len(names), np.int64)
-    place[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
-    return place[coded.indices.to_numpy(zero_copy_only=False)], sorted(names)
+    return codes(pa.chunked_array([group_names(part, by) for part in corpus.tables([group_column(by)])], pa.string()))
 
 
 # ---- shares

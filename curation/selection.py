@@ -2,10 +2,11 @@
 made as arrays. Nothing here depends on the order of the rows or on how they are cut into parts."""
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .folder import HouseError
+from .keys import keys_of
 from .measures.length import Length
 from .rows import digest
 from .spans import Ints
@@ -26,8 +28,7 @@ Bools = npt.NDArray[np.bool_]
 Hashes = npt.NDArray[np.uint64]
 NOT_SELECTED, NOT_SCORABLE = "not_selected", "not_scorable"
 _TOKENS = ("tokens", "response_tokens")  # the column that counts, of a measure that has several
-_NIBBLE = np.full(256, 255, np.uint8)
-_NIBBLE[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
+_ID = re.compile("[0-9a-f]{32}")
 _MIX_1, _MIX_2, _STEP = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -43,6 +44,17 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.costs)
+
+
+class Budgeted:
+    """Base of a judge that keeps what a budget buys: it judges by no one score, and its limits follow from the corpus
+    and stand in the evidence."""
+
+    scope: ClassVar[Literal["corpus"]] = "corpus"
+    score: ClassVar[str | None] = None
+
+    def limits(self) -> tuple[float | None, float | None]:
+        return None, None
 
 
 # ---- what a step reads
@@ -121,30 +133,13 @@ def numbers(corpus: Corpus, column: str) -> Reals:
 # ---- seeded draws
 
 
-def row_keys(names: pa.Array | pa.ChunkedArray) -> Hashes:
+def row_keys(row_ids: pa.Array | pa.ChunkedArray) -> Hashes:
     """The 128 bits that each row_id spells in hexadecimal, shape (rows, 2); of another name those of its digest."""
-    ids = names.combine_chunks() if isinstance(names, pa.ChunkedArray) else names
-    if not len(ids):
-        return np.zeros((0, 2), np.uint64)
-    odd = np.asarray(pc.not_equal(pc.binary_length(ids), 32).to_numpy(zero_copy_only=False), np.bool_)
-    long_enough = np.flatnonzero(~odd)
-    spelled = _digits(ids if len(long_enough) == len(ids) else ids.take(pa.array(long_enough)))
-    odd[long_enough[(spelled > 15).any(axis=1)]] = True
-    if odd.any():
-        others = [digest(str(name)) for name in ids.filter(pa.array(odd)).to_pylist()]
-        ids = pc.replace_with_mask(ids, pa.array(odd), pa.array(others, pa.string()))
-        spelled = _digits(ids)
-    packed = np.ascontiguousarray(spelled[:, ::2] << 4 | spelled[:, 1::2])
-    return packed.view(">u8").astype(np.uint64)
-
-
-def _digits(ids: pa.Array) -> npt.NDArray[np.uint8]:
-    """Values of the hexadecimal digits of strings of 32 bytes, 255 for any other byte."""
-    ids = ids.cast(pa.large_string())
-    start = int(np.frombuffer(ids.buffers()[1], np.int64)[ids.offset])
-    text = np.frombuffer(ids.buffers()[2], np.uint8)[start : start + 32 * len(ids)]
-    found: npt.NDArray[np.uint8] = _NIBBLE[text.reshape(-1, 32)]
-    return found
+    try:
+        return keys_of(row_ids)
+    except ValueError:
+        named = [name if _ID.fullmatch(name) else digest(name) for name in map(str, row_ids.to_pylist())]
+        return keys_of(pa.array(named, pa.string()))
 
 
 def hashes(keys: Hashes, seed: int) -> Hashes:

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .embeddings import tfidf_svd, vectors
+from .embeddings import fitted_vectors, vectors
 from .folder import HouseError, about
 from .reading.formats import Unreadable
 from .reading.source import Source, iter_rows
 from .rows import table
 from .steps import Corpus
-from .text import VIEW_COLUMNS, View, view
+from .text import View, view
 
 
 def target_texts(paths: Sequence[str], which: View, limit: int | None = None) -> list[str]:
@@ -40,13 +40,4 @@ def pool_and_targets(
     (in the judge's `needs`), or TF-IDF/SVD fitted on both together."""
     if model is not None:
         return vectors(corpus, model, which), corpus.tools.embedder(model).embed(texts)
-    names: list[str] = []
-    said: list[str] = []
-    for rows in corpus.tables(["row_id", *VIEW_COLUMNS]):
-        names += rows["row_id"].to_pylist()
-        said += view(rows, which)
-    order = sorted(range(len(names)), key=names.__getitem__)
-    both = tfidf_svd([*(said[i] for i in order), *texts], dims, seed)
-    found = np.empty((len(names), dims), np.float32)
-    found[np.array(order, np.int64)] = both[: len(names)]
-    return found, both[len(names) :]
+    return fitted_vectors(corpus, texts, which, dims, seed)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from threadpoolctl import threadpool_limits
 
+from .kmeans import one_blas_thread
 from .shingles import in_threads
 
 Vectors = npt.NDArray[np.float32]
@@ -120,7 +120,7 @@ def _pass(costs: _Costs, columns: Reals, mass: Reals, target_mass: Reals, epsilo
         found: Reals = ((mass[part] / total).astype(np.float32) @ scaled).astype(np.float64)
         return found
 
-    with threadpool_limits(1):  # each block's product on one thread, sums in the order of blocks
+    with one_blas_thread():  # sums in the order of blocks
         shares = in_threads(block, range(0, n, BLOCK))
     return rows, np.sum(shares, axis=0)
 

@@ -1,7 +1,6 @@
 """Selection by clusters of concepts: simple ones give few rows, complex ones many."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +8,7 @@ import pyarrow as pa
 from ..embeddings import embedding_needs, vectors
 from ..folder import HouseError
 from ..selection import (
+    Budgeted,
     Unit,
     all_kept,
     canonical,
@@ -27,7 +27,7 @@ from ..text import View
 
 
 @dataclass(frozen=True)
-class DensityBasedPruning:
+class DensityBasedPruning(Budgeted):
     """Keeps exactly `budget` rows, more of clusters that are wide and apart, and in each the least typical ones
     (density-based pruning, DBP, arXiv 2401.04578).
 
@@ -53,9 +53,6 @@ class DensityBasedPruning:
     tokens: Measure | None = None
     seed: int = 0
 
-    scope: ClassVar[str] = "corpus"
-    score: ClassVar[str | None] = None
-
     def __post_init__(self) -> None:
         check_budget(self, self.budget, self.unit, self.tokens)
         if min(self.k, self.neighbours, self.dims) < 1 or not self.temperature > 0:
@@ -64,9 +61,6 @@ class DensityBasedPruning:
     @property
     def needs(self) -> tuple[Measure, ...]:
         return (*embedding_needs(self.embedding, self.view), *reads(self, *cost_of(self, self.unit, self.tokens)))
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
@@ -94,8 +88,7 @@ class DensityBasedPruning:
             "rank": rank,
             **paid(self.unit, rows.costs),
         }
-        scored = type(rows)(rows.keys, distance, rows.costs, rows.open)
-        return selected(scored, keep, proof)
+        return selected(replace(rows, scores=distance), keep, proof)
 
 
 def complexities(distance: np.ndarray, labels: np.ndarray, centres: np.ndarray, neighbours: int) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Score first, then distance: DEITA's selection."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +8,7 @@ import pyarrow as pa
 from ..embeddings import embedding_needs, vectors
 from ..folder import HouseError
 from ..selection import (
+    Budgeted,
     Unit,
     all_kept,
     check_budget,
@@ -31,7 +31,7 @@ from ..text import View
 
 
 @dataclass(frozen=True)
-class Deita:
+class Deita(Budgeted):
     """Keeps `budget` rows, best score first, each unlike all that were kept before it (DEITA, arXiv 2312.15685).
 
     The score is `column` of the measure `of`, times `times_column` of the measure `times` where that is given
@@ -60,9 +60,6 @@ class Deita:
     unit: Unit = "rows"
     tokens: Measure | None = None
 
-    scope: ClassVar[Literal["corpus"]] = "corpus"
-    score: ClassVar[str | None] = None  # a product of two columns
-
     def __post_init__(self) -> None:
         check_budget(self, self.budget, self.unit, self.tokens)
         reads(self, *self.read, *cost_of(self, self.unit, self.tokens))
@@ -80,9 +77,6 @@ class Deita:
     def needs(self) -> tuple[Measure, ...]:
         values = reads(self, *self.read, *cost_of(self, self.unit, self.tokens))
         return tuple(dict.fromkeys((*values, *embedding_needs(self.embedding, self.view))))
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""

@@ -1,20 +1,19 @@
 """Selection of the rows that stand best for all rows."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from ..embeddings import embedding_needs, vectors
 from ..folder import HouseError
-from ..selection import Unit, all_kept, check_budget, cost_of, paid, picked, pool, reads, row_ids, shuffled
+from ..selection import Budgeted, Unit, all_kept, check_budget, cost_of, paid, picked, pool, reads, row_ids, shuffled
 from ..steps import Corpus, Measure
 from ..text import View
 
 
 @dataclass(frozen=True)
-class FacilityLocation:
+class FacilityLocation(Budgeted):
     """Keeps `budget` rows so that every row has a similar one among them: greedy maximisation of the sum over all rows
     of the cosine with the most similar kept row (facility location, a submodular function; Wei, Iyer and Bilmes 2015;
     for instruction data arXiv 2401.06692). Unlike KCenter it cares for the bulk, not for outliers.
@@ -41,9 +40,6 @@ class FacilityLocation:
     unit: Unit = "rows"
     tokens: Measure | None = None
 
-    scope: ClassVar[Literal["corpus"]] = "corpus"
-    score: ClassVar[str | None] = None
-
     def __post_init__(self) -> None:
         check_budget(self, self.budget, self.unit, self.tokens)
         if self.neighbours < 1:
@@ -53,9 +49,6 @@ class FacilityLocation:
     def needs(self) -> tuple[Measure, ...]:
         costs = reads(self, *cost_of(self, self.unit, self.tokens))
         return tuple(dict.fromkeys((*costs, *embedding_needs(self.embedding, self.view))))
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""

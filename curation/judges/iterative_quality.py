@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -12,15 +12,15 @@ import pyarrow.parquet as pq
 
 from ..embeddings import vectors
 from ..folder import HouseError
+from ..keys import Found
 from ..selection import (
     Bools,
-    Hashes,
+    Budgeted,
     Pool,
     Reals,
     Shares,
     Unit,
     all_kept,
-    canonical,
     descending,
     gumbel,
     hashes,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class IterativeQuality:
+class IterativeQuality(Budgeted):
     """Keeps `budget` rows in `rounds` of k-means-quality sampling, each round drawing from the clusters that the model
     gained most from (Diversify and Conquer, iterative form, arXiv 2409.11378).
 
@@ -83,9 +83,6 @@ class IterativeQuality:
     unit: Unit = "rows"
     tokens: Measure | None = None
 
-    scope: ClassVar[Literal["corpus"]] = "corpus"
-    score: ClassVar[str | None] = None
-
     def __post_init__(self) -> None:
         self.one_round  # noqa: B018 - a HouseError where its fields do not go together
         if not 1 <= self.rounds <= self.budget or not self.reward_temperature > 0:
@@ -102,9 +99,6 @@ class IterativeQuality:
     @property
     def needs(self) -> tuple[Measure, ...]:
         return self.one_round.needs
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
@@ -202,21 +196,13 @@ def _rewards(step: object, path: str, names: pa.ChunkedArray) -> Reals:
     place = Path(path)
     files = sorted(place.glob("*.parquet")) if place.is_dir() else [place]
     found = np.full(len(names), np.nan)
-    mine = row_keys(names)
-    order = canonical(mine)
+    mine = Found.of(row_keys(names))
     for file in files:
         try:
             table = pq.read_table(file, columns=["row_id", "gold", "own"])
         except (OSError, pa.ArrowInvalid, KeyError) as error:
             raise HouseError(f"{step}: {file} is no Parquet file with row_id, gold and own: {error}") from error
         gains = table["gold"].cast(pa.float64()).to_numpy() - table["own"].cast(pa.float64()).to_numpy()
-        where = _places(mine, order, row_keys(table["row_id"].cast(pa.string())))
+        where = mine.places(row_keys(table["row_id"].cast(pa.string())))
         found[where[where >= 0]] = gains[where >= 0]
     return found
-
-
-def _places(mine: Hashes, order: "Ints", wanted: Hashes) -> "Ints":
-    """Where each of `wanted` stands in `mine`, -1 where it does not; 64 bits find it, 128 confirm it."""
-    at = np.searchsorted(mine[order, 0], wanted[:, 0])
-    at = order[np.minimum(at, len(order) - 1)]
-    return np.where((mine[at] == wanted).all(axis=1), at, -1)

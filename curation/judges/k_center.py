@@ -1,19 +1,18 @@
 """Selection that leaves no row far from a kept one."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from ..embeddings import embedding_needs, vectors
-from ..selection import Unit, all_kept, check_budget, cost_of, paid, picked, pool, reads, row_ids, shuffled
+from ..selection import Budgeted, Unit, all_kept, check_budget, cost_of, paid, picked, pool, reads, row_ids, shuffled
 from ..steps import Corpus, Measure
 from ..text import View
 
 
 @dataclass(frozen=True)
-class KCenter:
+class KCenter(Budgeted):
     """Keeps `budget` rows such that no row is far from a kept one: greedy k-centre, each pick the row that is farthest
     from all picks before it (core-set selection, Sener and Savarese, arXiv 1708.00489; the radius is within twice the
     best possible, Gonzalez 1985). It takes outliers first: clean the rows before.
@@ -36,9 +35,6 @@ class KCenter:
     unit: Unit = "rows"
     tokens: Measure | None = None
 
-    scope: ClassVar[Literal["corpus"]] = "corpus"
-    score: ClassVar[str | None] = None
-
     def __post_init__(self) -> None:
         check_budget(self, self.budget, self.unit, self.tokens)
 
@@ -46,9 +42,6 @@ class KCenter:
     def needs(self) -> tuple[Measure, ...]:
         costs = reads(self, *cost_of(self, self.unit, self.tokens))
         return tuple(dict.fromkeys((*costs, *embedding_needs(self.embedding, self.view))))
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from ..measures.length import Length
 from ..measures.perplexity import ResponsePerplexity
 from ..selection import (
     Bools,
+    Budgeted,
     Pool,
     Reals,
     Shares,
@@ -45,7 +46,7 @@ _LONG_TAILED = ("words", "chars", "turns", "tokens", "nll", "perplexity", "loss"
 
 
 @dataclass(frozen=True)
-class KMeansQuality:
+class KMeansQuality(Budgeted):
     """Keeps exactly `budget` rows by k-means-quality sampling (kMQ, Diversify and Conquer, arXiv 2409.11378).
 
     Rows are clustered by k-means (`k` clusters) on vectors of their `view`: those of the recipe's embedding model
@@ -87,9 +88,6 @@ class KMeansQuality:
     unit: Unit = "rows"
     tokens: Measure | None = None
 
-    scope: ClassVar[Literal["corpus"]] = "corpus"
-    score: ClassVar[str | None] = None  # the field `quality` or `column` says which
-
     def __post_init__(self) -> None:
         if self.budget < 1 or self.k < 1 or self.dims < 1 or not self.temperature > 0:
             raise HouseError(f"{self}: budget, k and dims are at least 1, temperature is above 0")
@@ -113,9 +111,6 @@ class KMeansQuality:
     def needs(self) -> tuple[Measure, ...]:
         read = reads(self, self.read, *cost_of(self, self.unit, self.tokens))
         return tuple(dict.fromkeys((*read, *embedding_needs(self.embedding, self.view))))
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None  # quotas follow from the corpus and stand in the evidence
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""

@@ -1,20 +1,33 @@
 """Selection towards a target set: the rows that pull the mix to it most."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
 from ..embeddings import embedding_needs
 from ..folder import HouseError
-from ..selection import Unit, all_kept, check_budget, cost_of, hashes, paid, pool, reads, selected, spend
+from ..selection import (
+    Budgeted,
+    Unit,
+    all_kept,
+    canonical,
+    check_budget,
+    cost_of,
+    descending,
+    hashes,
+    paid,
+    pool,
+    reads,
+    selected,
+    spend,
+)
 from ..steps import Corpus, Measure
 from ..text import View
 
 
 @dataclass(frozen=True)
-class GotD:
+class GotD(Budgeted):
     """Keeps exactly `budget` rows that move the mix to a target set: those along which the optimal-transport distance
     falls fastest (GOT-D, arXiv 2405.02774).
 
@@ -42,9 +55,6 @@ class GotD:
     tokens: Measure | None = None
     seed: int = 0
 
-    scope: ClassVar[str] = "corpus"
-    score: ClassVar[str | None] = None
-
     def __post_init__(self) -> None:
         check_budget(self, self.budget, self.unit, self.tokens)
         if self.rounds < 1 or not self.epsilon > 0 or self.dims < 1:
@@ -53,9 +63,6 @@ class GotD:
     @property
     def needs(self) -> tuple[Measure, ...]:
         return (*embedding_needs(self.embedding, self.view), *reads(self, *cost_of(self, self.unit, self.tokens)))
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
@@ -69,7 +76,7 @@ class GotD:
             return whole
         points, targets = pool_and_targets(corpus, said, self.embedding, self.view, self.dims, self.seed)
         ties = hashes(rows.keys, self.seed)
-        order = np.lexsort((rows.keys[:, 1], rows.keys[:, 0]))  # sums in the order of row_id
+        order = canonical(rows.keys)  # sums in the order of row_id
         keep = np.zeros(len(rows), np.bool_)
         score, taken_in = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
         rank, columns, spent = np.zeros(len(rows), np.int64), None, 0
@@ -82,8 +89,7 @@ class GotD:
             slope = np.empty(len(rows))
             slope[order] = gradient(found.rows)
             score = np.where(keep, score, slope)
-            free = np.flatnonzero(rows.open & ~keep)
-            free = free[np.lexsort((ties[free], slope[free]))]
+            free = descending(-slope, ties, rows.open & ~keep)
             share = round(self.budget * number / self.rounds) - spent
             now = spend(free, rows.costs, share)
             taken = free[now[free]]
@@ -100,5 +106,4 @@ class GotD:
             "budget": np.full(len(rows), self.budget),
             **paid(self.unit, rows.costs),
         }
-        scored = type(rows)(rows.keys, score, rows.costs, rows.open)
-        return selected(scored, keep, proof)
+        return selected(replace(rows, scores=score), keep, proof)

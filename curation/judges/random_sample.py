@@ -1,17 +1,29 @@
 """The baseline of every selection: rows drawn at random."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from ..selection import Unit, all_kept, check_budget, cost_of, paid, pool, ranks, reads, selected, shuffled, spend
+from ..selection import (
+    Budgeted,
+    Unit,
+    all_kept,
+    check_budget,
+    cost_of,
+    paid,
+    pool,
+    ranks,
+    reads,
+    selected,
+    shuffled,
+    spend,
+)
 from ..steps import Corpus, Measure
 
 
 @dataclass(frozen=True)
-class RandomSample:
+class RandomSample(Budgeted):
     """Keeps `budget` rows drawn at random, all alike: the baseline that a selection has to beat at equal tokens (RS2,
     arXiv 2305.18424, shows how hard that is).
 
@@ -26,18 +38,12 @@ class RandomSample:
     unit: Unit = "rows"
     tokens: Measure | None = None
 
-    scope: ClassVar[Literal["corpus"]] = "corpus"
-    score: ClassVar[str | None] = None
-
     def __post_init__(self) -> None:
         check_budget(self, self.budget, self.unit, self.tokens)
 
     @property
     def needs(self) -> tuple[Measure, ...]:
         return reads(self, *cost_of(self, self.unit, self.tokens))
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""

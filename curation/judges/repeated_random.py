@@ -2,14 +2,27 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..folder import HouseError
-from ..selection import Hashes, Pool, Unit, check_budget, cost_of, paid, pool, reads, selected, shuffled, spend
+from ..selection import (
+    Budgeted,
+    Hashes,
+    Pool,
+    Unit,
+    check_budget,
+    cost_of,
+    paid,
+    pool,
+    reads,
+    selected,
+    shuffled,
+    spend,
+)
 from ..steps import Corpus, Measure
 
 if TYPE_CHECKING:
@@ -17,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RepeatedRandom:
+class RepeatedRandom(Budgeted):
     """Keeps the rows of `epochs` random subsets of `budget` each, a fresh one for each epoch of training (RS2, repeated
     random sampling, arXiv 2305.18424): at equal compute the baseline that few selections beat.
 
@@ -38,9 +51,6 @@ class RepeatedRandom:
     unit: Unit = "rows"
     tokens: Measure | None = None
 
-    scope: ClassVar[Literal["corpus"]] = "corpus"
-    score: ClassVar[str | None] = None
-
     def __post_init__(self) -> None:
         check_budget(self, self.budget, self.unit, self.tokens)
         if self.epochs < 1:
@@ -49,9 +59,6 @@ class RepeatedRandom:
     @property
     def needs(self) -> tuple[Measure, ...]:
         return reads(self, *cost_of(self, self.unit, self.tokens))
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""

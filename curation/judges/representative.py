@@ -1,20 +1,19 @@
 """Selection by the representations that a model has of rows and of target queries."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
 from ..embeddings import embedding_needs
 from ..folder import HouseError
-from ..selection import Unit, all_kept, canonical, check_budget, cost_of, hashes, paid, pool, reads, selected
+from ..selection import Budgeted, Unit, all_kept, canonical, check_budget, cost_of, hashes, paid, pool, reads, selected
 from ..steps import Corpus, Measure
 from ..text import View
 
 
 @dataclass(frozen=True)
-class RepresentationSimilarity:
+class RepresentationSimilarity(Budgeted):
     """Keeps exactly `budget` rows that lie nearest to target queries, the targets taking turns (RDS+, Large-Scale Data
     Selection for Instruction Tuning, arXiv 2503.01807).
 
@@ -38,9 +37,6 @@ class RepresentationSimilarity:
     tokens: Measure | None = None
     seed: int = 0
 
-    scope: ClassVar[Literal["corpus"]] = "corpus"
-    score: ClassVar[str | None] = None
-
     def __post_init__(self) -> None:
         check_budget(self, self.budget, self.unit, self.tokens)
         if self.dims < 1:
@@ -49,9 +45,6 @@ class RepresentationSimilarity:
     @property
     def needs(self) -> tuple[Measure, ...]:
         return (*embedding_needs(self.embedding, self.view), *reads(self, *cost_of(self, self.unit, self.tokens)))
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None  # what is near enough follows from the budget
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
@@ -79,4 +72,4 @@ class RepresentationSimilarity:
             "budget": np.full(len(rows), self.budget),
             **paid(self.unit, rows.costs),
         }
-        return selected(type(rows)(rows.keys, near, rows.costs, rows.open), keep, proof)
+        return selected(replace(rows, scores=near), keep, proof)

@@ -1,20 +1,20 @@
 """Selection by nearness to a target set that k-means has made small."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+import warnings
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
 from ..embeddings import embedding_needs
 from ..folder import HouseError
-from ..selection import Unit, all_kept, check_budget, cost_of, hashes, paid, pool, reads, selected, spend
+from ..selection import Budgeted, Unit, all_kept, check_budget, cost_of, hashes, paid, pool, reads, selected, spend
 from ..steps import Corpus, Measure
 from ..text import View
 
 
 @dataclass(frozen=True)
-class SimCore:
+class SimCore(Budgeted):
     """Keeps the rows of an open pool that lie nearest to a target set, a round of nearest ones at a time (SimCore,
     arXiv 2303.11101).
 
@@ -40,9 +40,6 @@ class SimCore:
     tokens: Measure | None = None
     seed: int = 0
 
-    scope: ClassVar[str] = "corpus"
-    score: ClassVar[str | None] = None
-
     def __post_init__(self) -> None:
         check_budget(self, self.budget, self.unit, self.tokens)
         if self.k < 1 or self.dims < 1 or not (self.ratio is None or 0 < self.ratio <= 1):
@@ -52,13 +49,8 @@ class SimCore:
     def needs(self) -> tuple[Measure, ...]:
         return (*embedding_needs(self.embedding, self.view), *reads(self, *cost_of(self, self.unit, self.tokens)))
 
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None
-
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
-        import warnings
-
         from ..kmeans import kmeans
         from ..targets import pool_and_targets, target_texts
 
@@ -92,8 +84,7 @@ class SimCore:
             "rank": pa.array(rank, mask=~keep),
             **paid(self.unit, rows.costs),
         }
-        scored = type(rows)(rows.keys, near.best, rows.costs, rows.open)
-        return selected(scored, keep, proof)
+        return selected(replace(rows, scores=near.best), keep, proof)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from ..folder import HouseError
 from ..selection import (
+    Budgeted,
     Shares,
     Unit,
     all_kept,
@@ -29,7 +30,7 @@ from ..steps import Corpus, Measure
 
 
 @dataclass(frozen=True)
-class StratifiedSample:
+class StratifiedSample(Budgeted):
     """Keeps `budget` rows, drawn at random inside each stratum, the budget shared out among the strata.
 
     by: what a row's stratum is: `source`, or a key of the row's `meta` (what the source had besides, such as `task` or
@@ -51,18 +52,12 @@ class StratifiedSample:
     unit: Unit = "rows"
     tokens: Measure | None = None
 
-    scope: ClassVar[Literal["corpus"]] = "corpus"
-    score: ClassVar[str | None] = None
-
     def __post_init__(self) -> None:
         check_budget(self, self.budget, self.unit, self.tokens)
 
     @property
     def needs(self) -> tuple[Measure, ...]:
         return reads(self, *cost_of(self, self.unit, self.tokens))
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None  # quotas follow from the corpus and stand in the evidence
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""

@@ -1,13 +1,14 @@
 """The best rows by one value; by length it is the field's second baseline."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
 from ..measures.length import Length
 from ..selection import (
+    Budgeted,
     Unit,
     all_kept,
     check_budget,
@@ -27,7 +28,7 @@ from ..steps import Corpus, Measure
 
 
 @dataclass(frozen=True)
-class TopScore:
+class TopScore(Budgeted):
     """Keeps the `budget` rows with the highest (prefer = "low": lowest) value in `column` of the measure `of`; by
     default the longest responses, a baseline that many selections lose to (Long Is More for Alignment, arXiv
     2402.04833).
@@ -48,9 +49,6 @@ class TopScore:
     unit: Unit = "rows"
     tokens: Measure | None = None
 
-    scope: ClassVar[Literal["corpus"]] = "corpus"
-    score: ClassVar[str | None] = None  # the field `column` says which
-
     def __post_init__(self) -> None:
         check_budget(self, self.budget, self.unit, self.tokens)
         self.needs  # noqa: B018 - a HouseError where the columns do not go together
@@ -65,9 +63,6 @@ class TopScore:
     @property
     def needs(self) -> tuple[Measure, ...]:
         return reads(self, self.read, *cost_of(self, self.unit, self.tokens))
-
-    def limits(self) -> tuple[float | None, float | None]:
-        return None, None  # the cut follows from the corpus and the budget
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
