@@ -26,16 +26,22 @@ class NewModel:
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on every linear layer of the decoder blocks (LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314).
+    """Low-rank adapters on linear layers of the decoder blocks (LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314).
 
-    alpha/rank scales the update. base: how the frozen weights are stored while training; nf4 is bitsandbytes' format,
-    with double quantisation of the block constants.
+    alpha/rank scales the update; with `rslora` alpha/sqrt(rank) (arXiv 2312.03732). base: how the frozen weights of all
+    linear layers in the blocks are stored while training; nf4 is bitsandbytes' format, with double quantisation of the
+    block constants. targets: layers that get an adapter, by the ends of their names ("q_proj", "mlp.up_proj"); none:
+    all. lora_plus_ratio: B's learning rate over A's (LoRA+, arXiv 2402.12354). init: how A starts; B starts at zero.
     """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     base: Literal["nf4", "nf4-single", "bf16", "fp32"] = "nf4"
+    targets: tuple[str, ...] = ()
+    rslora: bool = False
+    lora_plus_ratio: float = 1.0
+    init: Literal["kaiming", "gaussian"] = "kaiming"
 
 
 @dataclass(frozen=True)
