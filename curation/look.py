@@ -43,7 +43,8 @@ class SetFunnel:
 
     @property
     def held_out(self) -> int:
-        return sum(step["reasons"].get("held_out", 0) for step in self.steps)
+        """Those of them that a later step rewrote are counted once."""
+        return sum(step["reasons"].get("held_out", 0) - step.get("replaced", 0) for step in self.steps)
 
 
 @dataclass(frozen=True)

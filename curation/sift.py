@@ -205,13 +205,14 @@ def _do(step: AnyStep, live: "LiveRows", work: Path) -> StepRecord:
     for stale in folder.rows.glob(f"made-{plan.name}-{index:02d}-*.parquet"):
         stale.unlink()
     made: list[Path] = []
+    replaced = 0
     with parquet_writer(work / "verdicts.parquet", LEDGER) as write:
         if isinstance(step, Overrides):
             held_out = held_out_ids(folder, plan, index)
             made, fates, alive = apply_overrides(folder, plan.name, index, before, held_out)
             write(fates)
         elif step.scope == "maker":
-            made, alive = _make(step, live, write)
+            made, alive, replaced = _make(step, live, write)
         else:
             alive = _judge(step, live, write)
     where = f"step {index} {type(step).__name__} of set {plan.name}"
@@ -232,6 +233,7 @@ def _do(step: AnyStep, live: "LiveRows", work: Path) -> StepRecord:
         "measured": {key: taken.measured for key, taken in zip(keys, live.taken, strict=False)},
         "reused": {key: taken.reused for key, taken in zip(keys, live.taken, strict=False)},
         "made_parts": [part.name for part in made],
+        "replaced": replaced,
         "emptied_sources": _emptied(before, after),
         "inputs": step.digest(folder) if isinstance(step, Overrides) else "",
     }  # fmt: skip
@@ -286,6 +288,21 @@ class LiveRows:
             self.kept.rmdir()
 
 
+class HeldOutRows:
+    """The set's held-out rows, to a maker that rewrites rows one by one."""
+
+    def __init__(self, live: LiveRows, rows: int) -> None:
+        self.rows, self.seed, self.tools = rows, live.seed, live.tools
+        self.scratch, self.kept = live.scratch, live.kept
+        self.tables = self.held_out = live.held_out
+
+    def progress(self, done: int, total: int) -> None:
+        """The live rows' progress has been told to its end."""
+
+    def values(self, columns: Sequence[str]) -> pa.Table:
+        raise KeyError(f"held-out rows are not measured; wanted {list(columns)}")
+
+
 def held_out_rows(
     folder: RunFolder, plan: SetPlan, index: int, state: State, columns: Sequence[str] | None = None
 ) -> Iterator[pa.Table]:
@@ -298,14 +315,19 @@ def held_out_rows(
 
 
 def held_out_ids(folder: RunFolder, plan: SetPlan, index: int) -> pa.Array:
-    """row_ids of the rows that a step before `index` held out."""
-    ids = [pa.array([], pa.string())]
+    """row_ids of the rows that a step before `index` held out, those that a later one rewrote left out."""
+    ids, replaced = [pa.array([], pa.string())], [pa.array([], pa.string())]
     for earlier, step in enumerate(full_steps(plan)[:index]):
         home = folder.ledger / plan.name / step_name(earlier, step)
-        if "held_out" in read_json(home / "step.json")["reasons"]:
+        record = read_json(home / "step.json")
+        if "held_out" in record["reasons"]:
             for table in read_verdicts(home, ["row_id", "reason"]):
                 ids += table.filter(pc.equal(table["reason"], "held_out"))["row_id"].chunks
-    return pa.concat_arrays(ids)
+        if record.get("replaced"):
+            for name in record["made_parts"]:
+                replaced += pc.list_flatten(pq.read_table(folder.rows / name, columns=["parents"])["parents"]).chunks
+    found = pa.concat_arrays(ids)
+    return found.filter(pc.invert(pc.is_in(found, value_set=pa.concat_arrays(replaced))))
 
 
 def _judge(step: RowJudge | CorpusJudge, live: "LiveRows", write: Write) -> Mask:
@@ -325,9 +347,10 @@ def _quarantine(folder: RunFolder, plan: SetPlan, index: int, step: AnyStep, fau
         write_parquet(path, pa.Table.from_pylist(faults, schema=FAULT))
 
 
-def _make(step: Maker, live: LiveRows, write: Write) -> tuple[list[Path], Mask]:
-    """Made parts on disk, and the live mask over old and new rows. A made row that is held out or cannot be trained on
-    is dropped in the same step; a parent that the maker consumes leaves with its reason."""
+def _make(step: Maker, live: LiveRows, write: Write) -> tuple[list[Path], Mask, int]:
+    """Made parts on disk, the live mask over old and new rows, and how many held-out rows were replaced. A made row
+    that is held out or cannot be trained on is dropped in the same step; a parent that the maker consumes leaves with
+    its reason. What a maker that rewrites rows makes is held out where its parent was, whatever its new prompt."""
     folder, plan, index = live.folder, live.plan, live.index
     parts: list[Path] = []
     keeps: list[Mask] = []
@@ -336,29 +359,41 @@ def _make(step: Maker, live: LiveRows, write: Write) -> tuple[list[Path], Mask]:
     for part in live.state.parts:
         if part.name.startswith(f"made-{plan.name}-"):  # the same maker may stand in a recipe twice
             seen |= dict.fromkeys(pq.read_table(part, columns=["row_id"])["row_id"].to_pylist(), 1)
-    for rows in step.make(live):
+    replaced = 0
+    for rows, held in _makings(step, live):
         rows = _distinct(rows.cast(ROW), seen)
         if not rows.num_rows:
             continue
+        replaced += held * rows.num_rows
         path = folder.rows / f"made-{plan.name}-{index:02d}-{len(parts):05d}.parquet"
         write_parquet(path, rows, PART_GROUP)
         parts.append(path)
-        fate = [_fate(row, plan) for row in rows.to_pylist()]
+        share = 0.0 if getattr(step, "rewrites", False) else plan.held_out
+        fate = ["held_out" if held else _fate(row, plan.kind, share) for row in rows.to_pylist()]
         keeps.append(np.array([reason is None for reason in fate], dtype=np.bool_))
         write(ledger_rows(rows["row_id"], verdicts(list(keeps[-1]), fate), keep_scores=False))
-        if step.consumes is not None:
+        if step.consumes is not None and not held:
             parents |= {parent for row in rows["parents"].to_pylist() for parent in row or ()}
     alive = live.state.alive.copy()
     if step.consumes is not None and parents:
         consumed, left = _consume(live.state, parents, step.consumes)
         write(consumed)
         alive &= left
-    return parts, np.concatenate([alive, *keeps])
+    return parts, np.concatenate([alive, *keeps]), replaced
 
 
-def _fate(row: Mapping[str, Any], plan: SetPlan) -> str | None:
-    reason = untrainable(row, plan.kind)
-    if reason is None and is_held_out(prompt_of(row), plan.held_out):
+def _makings(step: Maker, live: LiveRows) -> Iterator[tuple[pa.Table, bool]]:
+    """What the maker makes, and whether it replaces held-out rows."""
+    for rows in step.make(live):
+        yield rows, False
+    count = len(held_out_ids(live.folder, live.plan, live.index)) if getattr(step, "rewrites", False) else 0
+    for rows in step.make(HeldOutRows(live, count)) if count else ():
+        yield rows, True
+
+
+def _fate(row: Mapping[str, Any], kind: str, held_out: float) -> str | None:
+    reason = untrainable(row, kind)
+    if reason is None and held_out and is_held_out(prompt_of(row), held_out):
         return "held_out"
     return reason
 

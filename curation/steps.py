@@ -178,7 +178,9 @@ class CorpusJudge(Protocol):
 
 @runtime_checkable
 class Maker(Protocol):
-    """Yields new rows with parents (curation.rows.made_row)."""
+    """Yields new rows with parents (curation.rows.made_row). One that only says a row better, row by row, states
+    `rewrites: ClassVar[bool] = True`: the engine then gives it the held-out rows too, and what it makes of them
+    replaces them in split test."""
 
     scope: ClassVar[Literal["maker"]]
 

@@ -18,8 +18,8 @@ class MaskPersonalData:
     stands masked: [EMAIL_ADDRESS], [PHONE_NUMBER], [GITHUB_TOKEN], …
 
     without: kinds that are left as they are. All turns, tool calls and reasoning are masked; spans move with the text;
-    source, position and meta stay. The old row leaves the set with reason `masked` and is the new one's parent. meta
-    itself is not looked at.
+    source, position and meta stay. The old row leaves the set with reason `masked` and is the new one's parent;
+    held-out rows are masked too and stay held out. meta itself is not looked at.
     """
 
     without: tuple[str, ...] = ()
@@ -27,6 +27,7 @@ class MaskPersonalData:
     scope: ClassVar[Literal["maker"]] = "maker"
     consumes: ClassVar[str | None] = "masked"
     model: ClassVar[None] = None
+    rewrites: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.without:

@@ -23,7 +23,7 @@ class RepairEncoding:
     uncurl_quotes: also make curly quotes straight. unescape_html: also turn &amp; and the like into their characters;
     off, because code means them. Width, ligatures, normal form and line ends always stay. All turns' contents and
     reasoning are repaired, tool calls not; spans move with the text; source, position and meta stay. The old row leaves
-    the set with reason `rewritten` and is the new one's parent.
+    the set with reason `rewritten` and is the new one's parent; held-out rows are repaired too and stay held out.
     """
 
     uncurl_quotes: bool = False
@@ -32,6 +32,7 @@ class RepairEncoding:
     scope: ClassVar[Literal["maker"]] = "maker"
     consumes: ClassVar[str | None] = "rewritten"
     model: ClassVar[None] = None
+    rewrites: ClassVar[bool] = True
 
     def make(self, corpus: Corpus) -> Iterator[pa.Table]:
         """Tables of new rows, one for each part that gave any."""

@@ -17,13 +17,16 @@ from gristmill.curation.edits import Edit, edited, moved
 from gristmill.curation.folder import HouseError, RunFolder
 from gristmill.curation.judges.encoding_damage import EncodingDamage
 from gristmill.curation.judges.secrets import PersonalData, Secrets
+from gristmill.curation.look import funnel
 from gristmill.curation.makers.mask_secrets import MaskPersonalData
 from gristmill.curation.makers.repair_encoding import RepairEncoding
 from gristmill.curation.numbers_of_people import luhn
 from gristmill.curation.private import PERSONAL, RULES, SECRETS, first_look, hits, rules_of
 from gristmill.curation.reading.source import Source, iter_rows
+from gristmill.curation.release import finish
 from gristmill.curation.rows import ROW, message, table
-from gristmill.curation.sift import SetPlan, advance, full_steps, state_before
+from gristmill.curation.shards import read_split
+from gristmill.curation.sift import SetPlan, advance, begin, full_steps, state_before
 
 Make = Callable[..., dict[str, Any]]
 WriteSource = Callable[..., list[str]]
@@ -350,3 +353,34 @@ def test_a_set_loses_no_row_to_repairs_and_masks(folder: RunFolder, write_source
     assert set(said_) == {"Fine.", "Rue Léopold", "Mail [EMAIL_ADDRESS]", "Léa: [PHONE_NUMBER]"}
     assert said_["Rue Léopold"] == [ids[1]] and said_["Mail [EMAIL_ADDRESS]"] == [ids[2]]
     assert said_["Léa: [PHONE_NUMBER]"][0] not in ids  # the repaired row, whose parent is the fifth
+
+
+def test_held_out_rows_are_masked_too_and_stay_held_out(
+    folder: RunFolder, write_source: WriteSource, make_row: Make
+) -> None:
+    mail = "Write to maria.tz@gmail.com about"
+    made = [make_row("a", n, f"{mail} case {n}", f"LÃ©a answers {n}") for n in range(40)]
+    write_source("a", made, 16)
+    plan = SetPlan("s", "sft", ("a",), (RepairEncoding(), MaskPersonalData()), held_out=0.3)
+    steps = full_steps(plan)
+    begin(folder, plan)
+    done = [advance(folder, plan, n, None, lambda done, total: None) for n in range(len(steps))]  # type: ignore[arg-type]
+    held = done[0]["reasons"]["held_out"]
+    assert 0 < held < 40
+    by_name = {record["name"]: record for record in done}
+    for name, reason in (("RepairEncoding", "rewritten"), ("MaskPersonalData", "masked")):
+        assert by_name[name]["made"] == 40 and by_name[name]["reasons"] == {"held_out": held, reason: 40 - held}
+    manifest = finish(
+        folder,
+        plan,
+        dict.fromkeys(("version", "created", "recipe", "recipe_digest", "gristmill"), "")
+        | {"name": "r", "seed": 0, "previous": None},
+    )
+    assert manifest["rows"] == 40 - held
+    for split, count in (("train", 40 - held), ("test", held)):
+        rows = read_split(folder.curated("s"), split).to_pylist()
+        said_ = [turn["content"] for row in rows for turn in row["messages"]]
+        assert len(rows) == count
+        assert all("gmail" not in text and "Ã" not in text for text in said_)
+        assert all("[EMAIL_ADDRESS]" in row["messages"][0]["content"] for row in rows)
+    assert not funnel(folder).faults
