@@ -22,9 +22,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from io import StringIO
 from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
@@ -344,10 +346,8 @@ def datatrove(rows: Path) -> dict[str, Any]:
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import JsonlWriter
     from datatrove.utils.hashing import HashConfig
-    from loguru import logger
 
-    logger.remove()
-    with tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory() as home, redirect_stderr(StringIO()):  # a page of its log for every stage
         count, tasks = jsonl(rows, Path(home) / "in"), 2
         config = MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))  # its xxhash hands xxhash 4 text: a TypeError
         reader = JsonlReader(f"{home}/in")

@@ -4,8 +4,9 @@
 
 Reads the data sets of GRISTMILL_DATA (default: ../shared/data beside the repository). Each judge is called as the
 engine calls it, on parts of PART_ROWS rows, its measures included and not cached. `cpu`: per second of processor time
-of all threads; `wall`: by the clock, on all processors that this process may use. The last lines are all judges one
-after the other: those without a language library, then all.
+of all threads; `wall`: by the clock, in this one process. The last lines are all judges one after the other: those that
+fit instruction data (no web rules, no language library), those without a language library, all; then the first of them
+again by as many worker processes as there are processors, each with parts of its own (`wall` alone counts there).
 """
 
 import argparse
@@ -17,6 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -32,6 +34,7 @@ from gristmill.curation.text import view
 SETS = ("alpaca_raw_partial", "alpaca_gpt4_partial", "dolly_sample2000", "flan_cot", "gsm8k_train",
         "codealpaca_new4535", "gpteacher_roleplay", "hh_rlhf_harmless_test", "ultrafeedback_sample1000")  # fmt: skip
 LANGUAGE = {"LanguageIs"}  # judges that load a language library, with their measures
+WEB = {"C4Quality", "GopherQuality", "GopherRepetition"}  # rules for web pages, in no default
 GATES = {"HeldOut", "Trainable"}  # put before every set by the engine
 PEERS = ("GopherRepetitionFilter", "GopherQualityFilter", "C4QualityFilter", "FineWebQualityFilter")
 
@@ -85,6 +88,22 @@ def timed(work: Callable[[], int], repeats: int) -> tuple[int, float, float]:
     return result, statistics.median(cpu), statistics.median(wall)
 
 
+def judged_by_all(parts: list[pa.Table]) -> int:
+    return sum(judged(judge, parts) for name, judge in row_judges() if name not in GATES | WEB | LANGUAGE)
+
+
+def side_by_side(parts: list[pa.Table], repeats: int) -> tuple[int, float]:
+    """Rows dropped, and the median of clock seconds, of the instruction judges on all processors."""
+    small = [part.slice(at, 5_000) for part in parts for at in range(0, part.num_rows, 5_000)]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as crew:
+
+        def work() -> int:
+            return sum(crew.map(judged_by_all, [[part] for part in small]))
+
+        dropped, _, wall = timed(work, repeats)
+    return dropped, wall
+
+
 def peers(texts: list[str], repeats: int) -> Iterator[tuple[str, tuple[int, float, float]]]:
     """datatrove's filters over the same texts, one document a time as it has them."""
     from datatrove.data import Document
@@ -135,18 +154,26 @@ def main() -> None:
         rates = f"{size / cpu:11,.0f} {megabytes / cpu:9.1f} {size / wall:12,.0f} {megabytes / wall:10.1f}"
         print(f"{name:34} {dropped:8} {line['us_per_row']:7.2f} {rates}", flush=True)
 
-    totals = {"all without a language library": [0.0, 0.0], "all": [0.0, 0.0]}
+    left_out = {
+        "instruction judges": GATES | WEB | LANGUAGE,
+        "all without a language library": GATES | LANGUAGE,
+        "all": GATES,
+    }
+    totals = {kind: [0.0, 0.0] for kind in left_out}
     for name, judge in row_judges():
         if asked.only and name not in asked.only:
             continue
         dropped, cpu, wall = timed(lambda judge=judge: judged(judge, parts), asked.repeats)  # type: ignore[misc]
         show(name, dropped, cpu, wall)
         for kind, total in totals.items():
-            if name not in GATES and (kind == "all" or name not in LANGUAGE):
+            if name not in left_out[kind]:
                 total[0] += cpu
                 total[1] += wall
     for kind, (cpu, wall) in totals.items():
         show(kind, 0, cpu, wall)
+    if not asked.only:
+        dropped, wall = side_by_side(parts, asked.repeats)
+        show("instruction judges, all processors", dropped, wall * len(os.sched_getaffinity(0)), wall)
     if asked.peers:
         for name, figures in peers(view(rows, "pair"), asked.repeats):
             show(name, *figures)
