@@ -20,6 +20,17 @@ def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk, tokens))
 
 
+def chunk_of(tokens: int, words: int, device: str) -> int:
+    """Tokens whose logits exist at once."""
+    return min(max(tokens, 1), max(16, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cpu"]) // words))
+
+
+def logits_bytes(tokens: int, words: int, dtype: torch.dtype, device: str) -> int:
+    """Bytes of the buffers that a call over so many tokens makes and drops."""
+    each = dtype.itemsize if dtype.itemsize >= 4 else dtype.itemsize + 4
+    return chunk_of(tokens, words, device.partition(":")[0]) * words * each
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
