@@ -4,7 +4,7 @@ An estimate from shapes alone: no weight is loaded. Activations are what autogra
 with our LoRA layers in them; tests hold the sum against measured peaks, within FACTOR.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..kernels.logprob import logits_bytes
-from .roofline import Flop, Load, Peak, Recompute, Roofline, Shape, decoder_shape, flop, load_of, machine_peak
+from .roofline import Flop, Load, Peak, Roofline, Shape, decoder_shape, flop, machine_peak
 from .settings import Lora, Training
 
 FACTOR = 1.35  # between an estimate and the measured peak, either way
@@ -22,18 +22,20 @@ STATES = {"adamw": 2, "lion": 1}  # fp32 numbers that an optimizer keeps of each
 
 @dataclass(frozen=True)
 class Needs:
-    """What a stage asks for. tokens, targets: of the largest pack. base: how frozen weights are stored; None: all
-    weights learn, in fp32. dtype: of the computation. recompute: `none`, `full` (activation checkpointing of each
-    decoder layer) or `offload` (the same, its inputs kept on the host)."""
+    """What a stage asks for. tokens, targets: of the largest pack. rank, adapters: of LoRA, and its parameters; None:
+    all weights learn, in fp32. base: how frozen matrices are stored. dtype: of the computation. checkpointed: decoder
+    layers that keep their input alone; offload: what autograd keeps lies on the host."""
 
     shape: Shape
     tokens: int
     targets: int
     rank: int | None
+    adapters: int | None
     base: str | None
     dtype: torch.dtype
     device: str
-    recompute: Recompute = "none"
+    checkpointed: int = 0
+    offload: bool = False
     optimizer: str = "adamw"
 
 
@@ -64,10 +66,10 @@ def memory(needs: Needs) -> Memory:
     """The peak of a training step, the allocator's own losses and the driver's context left out."""
     shape, size = needs.shape, needs.dtype.itemsize
     head = 0 if shape.tied else shape.hidden * shape.vocabulary
-    frozen = needs.rank is not None and needs.base is not None
-    learning = shape.adapters(needs.rank) if needs.rank is not None else shape.matrices + shape.others + head
+    frozen = needs.adapters is not None
+    learning = shape.matrices + shape.others + head if needs.adapters is None else needs.adapters
     matrices = shape.matrices * BITS[needs.base] / 8 if needs.base is not None else 4.0 * shape.matrices
-    widest = max(out * width for out, width in shape.linears)
+    widest = max(out * width for _, out, width in shape.linears)
     converted = frozen and needs.base != {2: "bf16", 4: "fp32"}[size]
     step = activations(needs)
     logits = logits_bytes(needs.targets, shape.vocabulary, needs.dtype, needs.device)
@@ -86,10 +88,11 @@ def activations(needs: Needs) -> int:
     """Bytes that autograd keeps until the backward of a pack, and what one layer's backward works with."""
     shape, size, tokens = needs.shape, needs.dtype.itemsize, needs.tokens
     layer, transient = layer_bytes(needs), 3 * shape.intermediate * size * tokens
-    if needs.recompute == "none":
-        kept = shape.layers * layer
-    else:
-        kept = layer + (shape.layers * shape.hidden * size * tokens if needs.recompute == "full" else 0)
+    kept = (shape.layers - needs.checkpointed) * layer + needs.checkpointed * shape.hidden * size * tokens
+    if needs.offload:
+        kept = layer
+    elif needs.checkpointed:
+        kept += layer  # one that is computed again
     # the embeddings, the last norm's input in fp32 and its output; states at the targets and their gradients
     ends = tokens * shape.hidden * (2 * size + 4) + 2 * needs.targets * shape.hidden * size
     return kept + transient + ends
@@ -109,29 +112,26 @@ def layer_bytes(needs: Needs) -> int:
     return per_token * needs.tokens
 
 
-def needs_of(
-    config: Any,
-    numbers: Mapping[str, Any],
-    settings: Training,
-    *,
-    device: str,
-    dtype: torch.dtype,
-    recompute: Recompute,
-) -> Needs:
+def needs_of(config: Any, numbers: Mapping[str, Any], settings: Training, *, device: str, dtype: torch.dtype) -> Needs:
     """From a model's configuration, a plan's numbers (plan.json) and the stage's settings. A pack is taken as full, its
     targets in the plan's proportion."""
     lora: Lora | None = settings.lora
+    shape = decoder_shape(config)
     share = numbers["target_tokens"] / max(numbers["tokens"], 1)
+    layers = {"none": 0, "layers": shape.layers}.get(str(settings.checkpointing))
+    checkpointed = min(int(settings.checkpointing), shape.layers) if layers is None else layers
     return Needs(
-        shape=decoder_shape(config),
+        shape=shape,
         tokens=settings.capacity,
         targets=round(settings.capacity * share),
         rank=None if lora is None else lora.rank,
+        adapters=None if lora is None else shape.adapters(lora.rank, lora.targets),
         base=None if lora is None else lora.base,
         dtype=dtype,
         device=device,
-        recompute=recompute,
-        optimizer=getattr(settings, "optimizer", "adamw"),
+        checkpointed=checkpointed,
+        offload=settings.offload,
+        optimizer=settings.optimizer,
     )
 
 
@@ -142,7 +142,6 @@ def plan_estimate(
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    recompute: Recompute = "none",
     load: Load | None = None,
     reference: bool = False,
     devices: int = 1,
@@ -150,18 +149,17 @@ def plan_estimate(
 ) -> dict[str, Any]:
     """Memory and roofline of a stage, for the plan's table; needs no weights.
 
-    config: of the model. numbers: the plan's (data.summary): tokens, target_tokens, units, steps, packs, longest are
-    read. load: of one epoch (roofline.load_of over all its packs); None: documents of equal length are assumed, the
-    least that attention can cost, and `attention` says so. reference: the objective takes a reference pass. peak: where
-    it is known already; else machine_peak, which on an unknown device measures for 0.3 s.
+    config: of the model. numbers: the plan's (data.summary): tokens, target_tokens, units, steps and packs are read.
+    load: of one epoch (roofline.load_of over all its packs); None: documents of equal length are assumed, the least
+    that attention can cost, and `attention` says so. reference: the objective takes a reference pass. peak: where it is
+    known already; else machine_peak, which on an unknown device measures for 0.3 s.
 
     Returns {"memory": bytes by part with total, "roofline": gflop_per_token, tokens_per_s, peak_tflops, peak, formula,
     …, "seconds": the least time of all steps, "reference_seconds", "attention": how documents' lengths were known}.
     """
-    needs = needs_of(config, numbers, settings, device=device, dtype=dtype, recompute=recompute)
+    needs = needs_of(config, numbers, settings, device=device, dtype=dtype)
     line = roofline_of(needs, numbers, load, devices, peak)
-    packs = max(int(numbers["packs"]), 1)
-    epochs = numbers["steps"] * settings.packs_per_step / packs
+    epochs = numbers["steps"] * settings.packs_per_step / max(int(numbers["packs"]), 1)
     rate = line.devices * line.peak.rate
     return {
         "memory": memory(needs).record(),
@@ -184,9 +182,9 @@ def roofline_of(
             np.zeros(documents, np.int64),
             np.full(documents, round(numbers["tokens"] / documents), np.int64),
         )
-    found: Flop = flop(needs.shape, load, rank=needs.rank, recompute=needs.recompute)
+    found: Flop = flop(needs.shape, load, adapters=needs.adapters, checkpointed=needs.checkpointed)
     peak = peak or machine_peak(needs.shape, device=needs.device, dtype=needs.dtype, tokens=needs.tokens)
-    return Roofline(found, peak, needs.rank, needs.recompute, devices)
+    return Roofline(found, peak, needs.adapters is not None, needs.checkpointed, devices)
 
 
 def out_of_memory(needs: Needs, available: int, longest: int = 1) -> str:
@@ -212,42 +210,47 @@ def out_of_memory(needs: Needs, available: int, longest: int = 1) -> str:
 
 def _changes(needs: Needs, available: int, longest: int) -> list[tuple[str, Needs]]:
     """Changes that save memory, those that cost least speed first."""
-    changes = []
-    smaller = _smallest_cut(needs, available, longest)
+    changes: list[tuple[str, Needs]] = []
+    layers, adapters = needs.shape.layers, needs.adapters
+    smaller = _smaller_packs(needs, available, longest)
     if smaller is not None:
-        changes.append((f"capacity: {smaller.tokens} (with packs_per_step raised to match)", smaller))
-    if needs.recompute == "none":
-        full = replace(needs, recompute="full")
-        changes.append(("recompute: full (activation checkpointing, about 1.4 times the work)", full))
-    if needs.recompute != "offload" and needs.device.startswith("cuda"):
-        offload = replace(needs, recompute="offload")
-        changes.append(("recompute: offload (checkpoints on the host)", offload))
-    if needs.rank is None:
-        base = "bf16" if needs.dtype == torch.bfloat16 else "nf4"
-        changes.append(
-            (f"lora: {{base: {base}}} (adapters in place of all weights)", replace(needs, rank=16, base=base))
-        )
+        changes.append((f"capacity: {smaller.tokens} (more packs_per_step keep the step's size)", smaller))
+    if needs.checkpointed < layers:
+        every = replace(needs, checkpointed=layers)
+        some = _fewest_layers(needs, available)
+        if some is not None:
+            changes.append((f"checkpointing: {some.checkpointed} (of {layers} layers)", some))
+        changes.append(("checkpointing: layers (up to 1.5 times the work)", every))
+    if not needs.offload and needs.device.startswith("cuda"):
+        changes.append(("offload: true", replace(needs, offload=True)))
+    if adapters is None:
+        low = replace(needs, rank=16, adapters=needs.shape.adapters(16), base="nf4")
+        changes.append(("lora: {base: nf4} (adapters in place of all weights)", low))
     elif needs.base != "nf4":
-        changes.append(("lora.base: nf4", replace(needs, base="nf4")))
-    if needs.rank is not None and needs.rank > 8:
-        changes.append(("lora.rank: 8", replace(needs, rank=8)))
+        changes.append(("lora: {base: nf4}", replace(needs, base="nf4")))
     if needs.optimizer == "adamw":
-        changes.append(("optimizer: lion (one state instead of two)", replace(needs, optimizer="lion")))
-    least = replace(changes[0][1] if smaller is not None else needs, recompute="full")
-    if needs.rank is not None:
+        changes.append(("optimizer: lion (one state in place of two)", replace(needs, optimizer="lion")))
+    least = replace(smaller or needs, checkpointed=layers)
+    if adapters is not None and (smaller is not None or needs.checkpointed < layers or needs.base != "nf4"):
         least = replace(least, base="nf4")
-    changes.append((f"capacity: {least.tokens}, recompute: full{', lora.base: nf4' * (needs.rank is not None)}", least))
+        changes.append((f"capacity: {least.tokens}, checkpointing: layers, lora: {{base: nf4}}", least))
     return changes
 
 
-def _smallest_cut(needs: Needs, available: int, longest: int) -> Needs | None:
+def _fewest_layers(needs: Needs, available: int) -> Needs | None:
+    """The fewest checkpointed layers that fit, where that is not all of them."""
+    for count in range(needs.checkpointed + 1, needs.shape.layers):
+        some = replace(needs, checkpointed=count)
+        if memory(some).total <= available:
+            return some
+    return None
+
+
+def _smaller_packs(needs: Needs, available: int, longest: int) -> Needs | None:
     """The largest pack, by halving, that fits; else the smallest one allowed; None where none is smaller."""
-    cut: Callable[[int], Needs] = lambda tokens: replace(  # noqa: E731
-        needs, tokens=tokens, targets=max(1, needs.targets * tokens // max(needs.tokens, 1))
-    )
     tokens, best = needs.tokens // 2, None
     while tokens >= max(longest, 1):
-        best = cut(tokens)
+        best = replace(needs, tokens=tokens, targets=max(1, needs.targets * tokens // needs.tokens))
         if memory(best).total <= available:
             return best
         tokens //= 2

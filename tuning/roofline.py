@@ -10,15 +10,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-
-Recompute = Literal["none", "full", "offload"]
 
 # Dense bf16 rates of the makers' data sheets in TFLOP/s, by a part of the name that torch.cuda.get_device_name gives.
 KNOWN = {
@@ -34,7 +32,7 @@ MEASURED_SECONDS = 0.3
 class Shape:
     """What FLOP and memory of a decoder follow from.
 
-    linears: (out, in) of every linear layer of the decoder blocks. others: parameters outside them and the head
+    linears: name, out and in of every linear layer of the decoder blocks. others: parameters outside them and the head
     (embeddings, norms, biases). windows: for each layer the keys a token sees at most, or None for all before it.
     attention: query heads times their width; keys: key heads times their width.
     """
@@ -43,7 +41,7 @@ class Shape:
     hidden: int
     vocabulary: int
     intermediate: int
-    linears: tuple[tuple[int, int], ...]
+    linears: tuple[tuple[str, int, int], ...]
     others: int
     tied: bool
     heads: int
@@ -55,11 +53,12 @@ class Shape:
     @property
     def matrices(self) -> int:
         """N: weights of the decoder's linear layers."""
-        return sum(out * width for out, width in self.linears)
+        return sum(out * width for _, out, width in self.linears)
 
-    def adapters(self, rank: int) -> int:
-        """P: parameters of adapters of this rank on every linear layer."""
-        return sum(rank * (out + width) for out, width in self.linears)
+    def adapters(self, rank: int, targets: Sequence[str] = ()) -> int:
+        """P: parameters of adapters of this rank on the layers whose names end so; none named: on all."""
+        ends = tuple(f".{target}" for target in targets)
+        return sum(rank * (out + width) for name, out, width in self.linears if not ends or name.endswith(ends))
 
 
 def decoder_shape(config: Any) -> Shape:
@@ -74,11 +73,12 @@ def _shape(kind: str, text: str) -> Shape:
     config: Any = AutoConfig.for_model(kind, **{key: value for key, value in values.items() if key != "model_type"})
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
-    linears = [module for module in model.base_model.layers.modules() if isinstance(module, nn.Linear)]
+    inside = {id(module) for module in model.base_model.layers.modules()}
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside]
     head = model.get_output_embeddings()
     parameters = {id(p): p.numel() for p in model.parameters()}
     tied = head.weight is model.get_input_embeddings().weight
-    taken = [linear.weight for linear in linears] + ([] if tied else [head.weight])
+    taken = [linear.weight for _, linear in linears] + ([] if tied else [head.weight])
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Shape(
@@ -86,7 +86,7 @@ def _shape(kind: str, text: str) -> Shape:
         hidden=config.hidden_size,
         vocabulary=head.weight.shape[0],
         intermediate=config.intermediate_size,
-        linears=tuple((linear.out_features, linear.in_features) for linear in linears),
+        linears=tuple((name, linear.out_features, linear.in_features) for name, linear in linears),
         others=sum(parameters.values()) - sum(weight.numel() for weight in taken),
         tied=tied,
         heads=heads,
@@ -160,30 +160,31 @@ class Flop:
         return self.total / max(self.tokens, 1)
 
 
-def flop(shape: Shape, load: Load, *, rank: int | None, recompute: Recompute = "none") -> Flop:
+def flop(shape: Shape, load: Load, *, adapters: int | None, checkpointed: int = 0) -> Flop:
     """FLOP of training over `load`.
 
         forward    2N + 2HV + 2P + A
-        backward   2N + 2HV + 4P + 2.5A       adapters of `rank` on frozen weights: products with dY alone
-                   4N + 4HV + 2.5A            rank None: all weights learn
-        recompute  2N + 2P + A                activation checkpointing, whether kept on the device or offloaded
-                   2HV                        rank None: the head's gradient takes the logits again
+        backward   2N + 2HV + 4P + 2.5A       adapters (P parameters) on frozen weights: products with dY alone
+                   4N + 4HV + 2.5A            adapters None: all weights learn
+        recompute  2N + 2P + A                activation checkpointing, for its share of the layers
+                   2HV                        adapters None: the head's gradient takes the logits again
 
     a token; HV for tokens with a loss alone; A = 4 · (heads · width) · area of each layer. Attention's backward is 2.5
-    of its forward because flash attention makes the scores again (arXiv 2205.14135).
+    of its forward because flash attention makes the scores again (arXiv 2205.14135). checkpointed: decoder layers, the
+    first ones, that are computed again in the backward.
     """
     matrices = 2.0 * shape.matrices * load.tokens
     head = 2.0 * shape.hidden * shape.vocabulary * load.targets
-    adapters = 0.0 if rank is None else 2.0 * shape.adapters(rank) * load.tokens
+    low = 2.0 * (adapters or 0) * load.tokens
     areas = {window: load.area(window) for window in set(shape.windows)}
-    attention = 4.0 * shape.attention * sum(areas[window] for window in shape.windows)
-    learnt = 1 if rank is not None else 2
-    again = matrices + adapters + attention if recompute != "none" else 0.0
+    scores = [4.0 * shape.attention * areas[window] for window in shape.windows]
+    attention, learnt = sum(scores), 1 if adapters is not None else 2
+    again = checkpointed / shape.layers * (matrices + low) + sum(scores[:checkpointed])
     return Flop(
         tokens=load.tokens,
-        forward=matrices + head + adapters + attention,
-        backward=learnt * (matrices + head) + 2 * adapters + 2.5 * attention,
-        recompute=again + (head if rank is None else 0.0),
+        forward=matrices + head + low + attention,
+        backward=learnt * (matrices + head) + 2 * low + 2.5 * attention,
+        recompute=again + (head if adapters is None else 0.0),
         reference=matrices + head + attention,
     )
 
@@ -204,7 +205,7 @@ def machine_peak(shape: Shape, *, device: str, dtype: torch.dtype, tokens: int =
         for part, rate in KNOWN.items():
             if part in name.replace("-", " "):
                 return Peak(rate * 1e12, f"{name}, dense {_name(dtype)} by its data sheet")
-    out, width = max(shape.linears, key=lambda sides: sides[0] * sides[1])
+    _, out, width = max(shape.linears, key=lambda linear: linear[1] * linear[2])
     rows = int(min(tokens, max(64, MEASURED_FLOP // (2 * out * width))))
     rate = _measured(device, dtype, rows, width, out, torch.get_num_threads())
     where = name or f"CPU with {torch.get_num_threads()} threads"
@@ -237,8 +238,8 @@ class Roofline:
 
     flop: Flop
     peak: Peak
-    rank: int | None
-    recompute: Recompute
+    frozen: bool
+    checkpointed: int = 0  # decoder layers
     devices: int = 1
 
     @cached_property
@@ -257,16 +258,19 @@ class Roofline:
     @property
     def formula(self) -> str:
         """The count in words, for a training summary."""
-        parts = "2N+2HV+2P+A forward, 2N+2HV+4P+2.5A backward" if self.rank is not None else (
-            "2N+2HV+A forward, 4N+4HV+2.5A backward, 2HV logits again"
-        )  # fmt: skip
-        again = "no activation checkpointing" if self.recompute == "none" else (
-            f"activation checkpointing ({self.recompute}): {'2N+2P+A' if self.rank is not None else '2N+A'} again"
-        )  # fmt: skip
+        parts = "2N+2HV+2P+A forward, 2N+2HV+4P+2.5A backward"
+        again = "2N+2P+A"
+        if not self.frozen:
+            parts, again = "2N+2HV+A forward, 4N+4HV+2.5A backward, 2HV logits again", "2N+A"
+        if self.checkpointed:
+            parts += f", {again} again for {self.checkpointed} checkpointed layers"
+        else:
+            parts += ", no activation checkpointing"
+        machines = f", {self.devices} devices" if self.devices > 1 else ""
         return (
-            f"share = tokens/s x FLOP a token / peak; {self.flop.per_token / 1e9:.4g} GFLOP a token = {parts}, {again}; "
-            f"A from the documents' squared lengths, HV for tokens with a loss; peak {self.peak.rate / 1e12:.4g} "
-            f"TFLOP/s ({self.peak.source}{f', {self.devices} devices' if self.devices > 1 else ''})"
+            f"share = tokens/s x FLOP a token / peak; {self.flop.per_token / 1e9:.4g} GFLOP a token = {parts}; A from "
+            f"the documents' squared lengths, HV for tokens with a loss; peak {self.peak.rate / 1e12:.4g} TFLOP/s "
+            f"({self.peak.source}{machines})"
         )
 
     def record(self) -> Mapping[str, Any]:
@@ -276,6 +280,6 @@ class Roofline:
             "tokens_per_s": round(self.tokens_per_s, 1),
             "peak_tflops": round(self.peak.rate / 1e12, 4),
             "peak": self.peak.source,
-            "recompute": self.recompute,
+            "checkpointed_layers": self.checkpointed,
             "formula": self.formula,
         }
