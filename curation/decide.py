@@ -359,3 +359,6 @@ class _Rows:
 
     def held_out(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         return held_out_rows(self.place.folder, self.place.plan, self.place.index, self.place.before, columns)
+
+    def record(self, **facts: Any) -> None:
+        """A decision that is tried leaves no record."""

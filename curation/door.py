@@ -1,8 +1,8 @@
 """The door to language models: what curation asks of one. Implementations live elsewhere and are handed in by flows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,17 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Sampling:
     """How to sample. temperature 0 is greedy; `max_tokens` counts new tokens; top_p is nucleus sampling. options: short
-    texts, such as digits, whose log-probabilities as the answer's beginning are wanted."""
+    texts, such as digits, whose log-probabilities as the answer's beginning are wanted. stop: texts before which the
+    answer ends. schema: JSON of a JSON schema that the answer is held to where the door offers structured output (else
+    it is no more than a wish: parse with care)."""
 
     temperature: float = 0.8
     top_p: float = 0.95
     max_tokens: int = 128
     logprobs: bool = False
     options: tuple[str, ...] = ()
+    stop: tuple[str, ...] = ()
+    schema: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,24 @@ class ChatAnswer:
     finished: bool  # ended by its own end-of-turn token, not cut by max_tokens
     logprobs: tuple[float, ...] | None = None
     options: tuple[float, ...] | None = None  # of the request's options, in order; None where the door cannot tell
+    cached: bool = False  # asked and paid for before
+
+
+KINDS = (
+    "too_long",  # the prompt leaves no room in the model's context; found before it is sent where that can be
+    "refused",  # by the chat template, or by the server (a 4xx that no retry mends)
+    "timeout",  # no answer by the request's deadline, retries included
+    "server",  # 5xx, retries included
+    "rate_limited",  # 429, retries included
+    "connection",  # reset, refused or cut off, retries included
+    "malformed",  # an answer that is no chat completion
+    "budget",  # not asked: the run's budget of tokens or money is spent
+)
 
 
 @dataclass(frozen=True)
 class ChatError:
-    """A typed failure of one request: `kind` is a short code (too_long, refused, timeout, …)."""
+    """A typed failure of one request: `kind` is one of KINDS."""
 
     kind: str
     detail: str
@@ -55,12 +72,22 @@ class ChatModel(Protocol):
     """Batched chat completion."""
 
     name: str
-    digest: str  # of weights, tokenizer and chat template
+    digest: str  # of weights, tokenizer and chat template; of a server that tells neither, of its address and model
+    licence: str  # or terms, under which its answers may be used; "unknown" where nobody said
+    price: tuple[float, float]  # of a million prompt tokens and of a million new ones, in the user's currency
 
     def complete(
         self, requests: Sequence[ChatRequest], progress: Progress | None = None
     ) -> list[ChatAnswer | ChatError]:
         """One answer or error per request, in order; never raises for one bad request."""
+
+
+@runtime_checkable
+class StreamingChat(Protocol):
+    """A ChatModel that can hand out answers as they come."""
+
+    def stream(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, ChatAnswer | ChatError]]:
+        """(place in `requests`, answer or error), each place once, in the order in which answers come."""
 
 
 class ResponseScorer(Protocol):

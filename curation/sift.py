@@ -236,6 +236,7 @@ def _do(step: AnyStep, live: "LiveRows", work: Path) -> StepRecord:
         "replaced": replaced,
         "emptied_sources": _emptied(before, after),
         "inputs": step.digest(folder) if isinstance(step, Overrides) else "",
+        **live.facts,
     }  # fmt: skip
 
 
@@ -270,6 +271,7 @@ class LiveRows:
         self.home = folder.root.resolve() / plan.name  # what an index of earlier releases calls these rows
         self.measured: pa.Table | None = None
         self.taken: list[Taken] = []
+        self.facts: dict[str, Any] = {}
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         return self.state.tables(columns)
@@ -281,6 +283,9 @@ class LiveRows:
 
     def held_out(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         return held_out_rows(self.folder, self.plan, self.index, self.state, columns)
+
+    def record(self, **facts: Any) -> None:
+        self.facts |= facts
 
     def close(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -295,6 +300,7 @@ class HeldOutRows:
         self.rows, self.seed, self.tools = rows, live.seed, live.tools
         self.scratch, self.kept = live.scratch, live.kept
         self.tables = self.held_out = live.held_out
+        self.record = live.record
 
     def progress(self, done: int, total: int) -> None:
         """The live rows' progress has been told to its end."""

@@ -120,6 +120,9 @@ class Corpus(Protocol):
     def held_out(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The set's held-out rows."""
 
+    def record(self, **facts: Any) -> None:
+        """Adds facts to the step's record (step.json), such as what a maker asked, and what became of it."""
+
 
 class Unmeasured:
     """Base of a judge that reads no measure and judges by no score."""
@@ -217,15 +220,15 @@ def brief(step: Any) -> str:
 
 
 def find_steps() -> dict[str, type[Any]]:
-    """Every measure, judge and maker by class name. Their modules import nothing heavy at the top."""
+    """Every measure, judge, maker and verifier by class name. Their modules import nothing heavy at the top."""
     found: dict[str, type[Any]] = {}
-    for room in ("judges", "makers", "measures"):
+    for room in ("judges", "makers", "measures", "verifiers"):
         package = f"{__package__}.{room}"
         folder = Path(__file__).with_name(room)
         for info in pkgutil.iter_modules([str(folder)]):
             module = importlib.import_module(f"{package}.{info.name}")
             for name, kind in inspect.getmembers(module, inspect.isclass):
                 own = kind.__module__ == module.__name__ and is_dataclass(kind) and not name.startswith("_")
-                if own and (hasattr(kind, "scope") or hasattr(kind, "measure")):
+                if own and any(hasattr(kind, mark) for mark in ("scope", "measure", "verify")):
                     found[name] = kind
     return found

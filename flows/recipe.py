@@ -24,6 +24,7 @@ from ..curation.folder import HouseError
 from ..curation.reading.source import Source
 from ..curation.rows import digest as digest_of
 from ..curation.steps import CorpusJudge, Maker, Measure, RowJudge, find_steps
+from ..curation.verifying import Verifier
 from ..tuning.settings import NewModel, Training
 from .nodes import Mismatch, Pair, choice, compose, get, is_null, mapping, pairs, place, put, scalar, shown
 from .stages import Curate, Evaluate, Model, Path, Recipe, Stage, Train, check, nearest, problems
@@ -194,8 +195,9 @@ class _Builder:
         options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         if type(None) in options and is_null(node):
             return None
-        if set(options) & {Measure, RowJudge, CorpusJudge, Maker}:
-            return self.step(node, path, "measure" if Measure in options else "scope")
+        if set(options) & {Measure, RowJudge, CorpusJudge, Maker, Verifier}:
+            mark = "measure" if Measure in options else "verify" if Verifier in options else "scope"
+            return self.step(node, path, mark)
         if len(options) > 1:
             return self.first(node, options, path)
         if is_dataclass(hint):
@@ -298,7 +300,7 @@ class _Builder:
         return self.dataclass(mine, Train, path, objective=objective, settings=training)
 
     def step(self, node: yaml.Node, path: Path, attribute: str) -> Any:
-        """A judge, maker or measure: its bare class name, or the name with its fields."""
+        """A judge, maker, measure or verifier: its bare class name, or the name with its fields."""
         if isinstance(node, yaml.ScalarNode):
             key, body = node, mapping([], node)
         else:
@@ -322,7 +324,7 @@ def plain(value: Any) -> Any:
         return body
     if is_dataclass(value):
         inside = {item.name: plain(getattr(value, item.name)) for item in fields(value) if item.init}
-        is_step = hasattr(value, "scope") or hasattr(value, "measure")
+        is_step = any(hasattr(value, mark) for mark in ("scope", "measure", "verify"))
         return {type(value).__name__: inside} if is_step else inside
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}

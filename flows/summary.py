@@ -16,7 +16,13 @@ from .run import Result
 from .stages import cautions, nearest
 
 SENTENCE_END = re.compile(r"\.\s+(?=[A-Z`])")
-KINDS = {"row judge": "Row judges", "corpus judge": "Corpus judges", "maker": "Makers", "measure": "Measures"}
+KINDS = {
+    "row judge": "Row judges",
+    "corpus judge": "Corpus judges",
+    "maker": "Makers",
+    "measure": "Measures",
+    "verifier": "Verifiers",
+}
 
 
 def show_result(recipe: Recipe, result: Result, show: Silent) -> None:
@@ -82,7 +88,9 @@ def _signature(name: str, kind: type[Any]) -> str:
 
 def _scope(kind: type[Any]) -> str:
     scope = getattr(kind, "scope", None)
-    return "measure" if scope is None else scope if scope == "maker" else f"{scope} judge"
+    if scope is None:
+        return "measure" if hasattr(kind, "measure") else "verifier"
+    return "maker" if scope == "maker" else f"{scope} judge"
 
 
 def _field(item: Any) -> str:

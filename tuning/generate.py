@@ -58,6 +58,7 @@ class TransformersChat:
             raise HouseError(f"a batch of {batch} requests generates nothing; give at least 1")
         self.name = str(model) if adapter is None else f"{model} + {adapter}"
         self.digest = model_digest(model) + ("" if adapter is None else "+" + model_digest(adapter))
+        self.licence, self.price = "unknown", (0.0, 0.0)
         self._batch = batch
         self._tokenizer = load_tokenizer(model)
         self._model: Any = load_model(model, dtype=dtype, device=device, adapter=adapter)

@@ -30,6 +30,7 @@ for side in ("good", "bad"):
     (TAUGHT / f"{side}.jsonl").write_text("\n".join(taught))
 # what a recipe must say of each step that has fields without defaults
 NEEDED: dict[str, dict[str, Any]] = {
+    "Matches": {"pattern": "a"},
     "ScoreQuantile": {"of": Length(), "column": "response_words"},
     "ScoreRange": {"of": Length(), "column": "response_words"},
     "TokenLength": {"model": "m"},
