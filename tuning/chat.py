@@ -198,6 +198,23 @@ def tokenise_pairs(tokenizer: PreTrainedTokenizerBase, rows: pa.Table) -> list[t
     return pairs
 
 
+def tokenise_completions(tokenizer: PreTrainedTokenizerBase, rows: pa.Table) -> list[Tokens]:
+    """The completion of each row after its prompt, of which nothing is trained: of a table with the columns `prompt`,
+    `completion` and maybe `tools`, `spans` (of field `chosen`, as the schema ROW calls a completion) and `row_id`. As
+    tokenise_pair; a HouseError names the row."""
+    template = Template(tokenizer)
+    examples: list[Tokens] = []
+    for batch in _batches(rows, ("prompt", "completion")):
+        drafts = []
+        for row in batch:
+            with _naming(row):
+                prompt, turns, tools = plain_messages(row["prompt"]), plain_messages(row["completion"]), _tools(row)
+                spans = _of(row.get("spans"), "chosen")
+                drafts.append(_completion(template, prompt, turns, tools, spans, "completion"))
+        examples += _tokenise(tokenizer, drafts)
+    return examples
+
+
 def tokenise_responses(tokenizer: PreTrainedTokenizerBase, rows: pa.Table) -> list[Tokens | HouseError]:
     """The response of each row (schema ROW) after its prompt: `chosen` of a preference row, else the last assistant
     turn. A row that has none, or that the template refuses, gives the error instead."""
@@ -238,6 +255,16 @@ def conversation_ids(
         except HouseError as error:
             drafts.append(error)
     return [item.ids if isinstance(item, Tokens) else item for item in _tokenise_some(tokenizer, drafts)]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that the chat template ends an assistant's turn with, at which generation has to stop.
+
+    HouseError where the template ends it with no special token."""
+    asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "."}]
+    text, _, end = Template(tokenizer).turn(asked, 1, None)
+    (tokens,) = _tokenise(tokenizer, [_Draft(text[:end])])
+    return int(tokens.ids[-1])
 
 
 def turn_opening(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int32]:

@@ -38,6 +38,7 @@ from .digests import RECORD
 from .forward import pack_logps
 from .lora import load_adapter
 from .packing import build_pack, pack_plan
+from .quantised import is_nf4, load_nf4
 from .settings import NewModel
 
 Text = str | Sequence[Mapping[str, Any]]
@@ -79,8 +80,15 @@ def load_model(
     check_model(folder)
     wanted = torch_dtype(dtype, device)
     try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with no_bars():
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=wanted)
+            model: Any = (
+                load_nf4(folder, config, wanted)
+                if is_nf4(config)
+                else AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=wanted)
+            )
+    except HouseError:
+        raise
     except Exception as error:  # transformers lets through whatever safetensors, json and its own checks raise
         raise HouseError(f"{folder} holds no model that transformers can load as a causal LM: {error}") from error
     isolate(model)
