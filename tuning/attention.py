@@ -5,6 +5,7 @@ so transformers builds no mask; the documents' lengths travel as a keyword throu
 """
 
 from collections.abc import Sequence
+from operator import add
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ ARCHITECTURES = (
     "llama", "mistral", "ministral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3",
     "granite", "smollm3", "starcoder2",
 )  # fmt: skip
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 LAYERS = ("full_attention", "sliding_attention")
 
 
@@ -32,6 +34,7 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     lengths: Sequence[int] | None = None,
+    parents: Sequence[int] | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -41,9 +44,12 @@ def _attention(
             "a model with isolated documents was called without `lengths`: call tuning.attention.hidden_states, or "
             "give it its own attention back by model.set_attn_implementation('sdpa') (to generate, for example)"
         )
-    if dropout or softcap is not None:
-        raise HouseError("per-document attention knows neither attention dropout nor attention soft-capping")
-    return packed_attention(query, key, value, lengths, scale=scaling, window=sliding_window), None
+    if dropout:
+        raise HouseError("per-document attention knows no attention dropout: set attention_dropout to 0")
+    output = packed_attention(
+        query, key, value, lengths, parents, scale=scaling, window=sliding_window, softcap=softcap
+    )
+    return output, None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -51,23 +57,27 @@ AttentionInterface.register(NAME, _attention)
 
 def isolate(model: PreTrainedModel) -> None:
     """Switches `model` to per-document attention. HouseError, naming the reason, where its documents cannot be kept
-    apart: an unknown architecture, experts, recurrent or linear layers, attention dropout or soft-capping."""
+    apart: experts, recurrent or linear layers, an unknown architecture, attention dropout."""
     config = model.config
     where = f"{type(model).__name__} (model_type {config.model_type!r})"
     if config.is_encoder_decoder:
         raise HouseError(f"{where} is an encoder-decoder; only decoder-only causal language models can be tuned")
+    experts = next((name for name in EXPERTS if (getattr(config, name, None) or 0) > 1), None)
+    if experts is not None:
+        raise HouseError(
+            f"{where} is a mixture of experts ({experts} {getattr(config, experts)}), whose experts and router are not "
+            "trained here; choose a dense model"
+        )
     other = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYERS))
     if other:
         raise HouseError(f"{where} has layers {other}, which carry state across the documents of a pack")
     if config.model_type not in ARCHITECTURES:
         raise HouseError(
-            f"{where} is not known to keep the documents of a pack apart (experts, recurrence or attention of its "
-            f"own?). Known: {', '.join(ARCHITECTURES)}"
+            f"{where} is not known to keep the documents of a pack apart (recurrence, or attention of its own?). "
+            f"Known: {', '.join(ARCHITECTURES)}"
         )
     if getattr(config, "attention_dropout", 0.0):
         raise HouseError(f"{where} has attention_dropout {config.attention_dropout}; set it to 0 in its config.json")
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise HouseError(f"{where} soft-caps its attention scores, which per-document attention does not do")
     if getattr(config, "use_bidirectional_attention", False):
         raise HouseError(f"{where} has use_bidirectional_attention: not a causal language model")
     model.set_attn_implementation(NAME)
@@ -88,20 +98,30 @@ def _check_rope(config: Any, longest: int) -> None:
             )
 
 
-def hidden_states(model: PreTrainedModel, tokens: Tensor, positions: Tensor, lengths: Sequence[int]) -> Tensor:
+def hidden_states(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    positions: Tensor,
+    lengths: Sequence[int],
+    parents: Sequence[int] | None = None,
+) -> Tensor:
     """Final hidden states (T, H), after the last norm, of one packed row in an isolated model.
 
-    tokens, positions: int64 (T,); positions count within each document. lengths: of the documents, summing to T.
+    tokens, positions: int64 (T,); positions count within each document. lengths: of the segments, summing to T;
+    parents: the segment that each continues, -1 for none (None: all of them).
     """
     if model.config._attn_implementation != NAME:
         raise HouseError("documents of a pack would see each other: call tuning.attention.isolate(model) first")
-    _check_rope(model.config, max(lengths, default=0))
+    above = None if parents is None or max(parents, default=-1) < 0 else tuple(parents)
+    before = [0 if parent < 0 else lengths[parent] for parent in above or (-1,) * len(lengths)]
+    _check_rope(model.config, max(map(add, before, lengths), default=0))
     output = model.base_model(
         input_ids=tokens[None],
         position_ids=positions[None],
         attention_mask=None,
         use_cache=False,
         lengths=tuple(lengths),
+        parents=above,
     )
     states: Tensor = output.last_hidden_state[0]
     return states

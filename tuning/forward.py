@@ -14,25 +14,24 @@ from .packing import Pack
 
 
 def pack_logps(model: PreTrainedModel, pack: Pack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(N,) fp32 log-probabilities of the pack's N target tokens, their weights and their documents' places in it.
+    """(M,) fp32 log-probabilities of the pack's M entries, their weights, and their documents' places in it (0 to D-1).
 
-    Only the hidden states that predict a target meet the head."""
+    Only the hidden states that predict a target meet the head, once for each of the N targets."""
     matrix = head(model)
     device = matrix.device
-    tokens = torch.from_numpy(pack.tokens).to(device)
-    hidden = hidden_states(model, tokens, torch.from_numpy(pack.positions).to(device), pack.lengths.tolist())
-    targets = torch.from_numpy(pack.targets).to(device)
-    logps = target_logprobs(hidden[targets - 1], matrix, tokens[targets])
-    weights = torch.from_numpy(pack.weights).to(device)[targets]
-    owners = torch.from_numpy(pack.owners).to(device)[targets]
+    places = [pack.tokens, pack.positions, pack.sources, pack.ids, pack.weights, pack.owners]
+    tokens, positions, sources, ids, weights, owners = (torch.from_numpy(place).to(device) for place in places)
+    hidden = hidden_states(model, tokens, positions, pack.lengths.tolist(), pack.parents.tolist())
+    logps = target_logprobs(hidden[sources], matrix, ids)
+    if len(pack.entries) > len(pack.targets):
+        logps = logps[torch.from_numpy(pack.entries).to(device)]
     return logps, weights, owners
 
 
 def answer_logps(model: PreTrainedModel, pack: Pack) -> torch.Tensor:
     """(P, 2) weighted log-probabilities of the chosen and rejected answer of each pair of the pack."""
     logps, weights, owners = pack_logps(model, pack)
-    pairs = int((pack.documents >= 0).sum()) // 2
-    return sums_by_document(logps * weights, owners, len(pack.lengths))[: 2 * pairs].view(-1, 2)
+    return sums_by_document(logps * weights, owners, len(pack.documents)).view(-1, 2)
 
 
 @contextmanager

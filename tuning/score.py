@@ -117,18 +117,20 @@ class PackedScorer:
         pack = build_pack(examples, range(len(examples)), pad_to=capacity)
         with torch.inference_mode():
             logps = _logps(self._model, pack)
-        return _by_document(logps.double().cpu().numpy(), pack.owners[pack.targets])
+        return _by_document(logps.double().cpu().numpy(), pack.owners)
 
 
 def _logps(model: PreTrainedModel, pack: Pack) -> Tensor:
-    """(N,) log-probabilities of the pack's N targets, projected in blocks of whole TILEs."""
+    """(N,) log-probabilities of the pack's N targets (no document shares any), projected in blocks of whole TILEs."""
     matrix = head(model)
     tokens = torch.from_numpy(pack.tokens).to(matrix.device)
     hidden = hidden_states(model, tokens, torch.from_numpy(pack.positions).to(matrix.device), pack.lengths.tolist())
-    targets = pack.targets
-    tiled = torch.from_numpy(np.pad(targets, (0, -len(targets) % TILE), mode="edge")).to(matrix.device)
+    padding = (0, -len(pack.targets) % TILE)
+    sources, ids = (
+        torch.from_numpy(np.pad(places, padding, mode="edge")).to(matrix.device) for places in (pack.sources, pack.ids)
+    )
     chunk = max(1, CHUNK_LOGITS.get(matrix.device.type, 2**24) // (matrix.shape[0] * TILE)) * TILE
-    return target_logprobs(hidden[tiled - 1], matrix, tokens[tiled], chunk_tokens=chunk)[: len(targets)]
+    return target_logprobs(hidden[sources], matrix, ids, chunk_tokens=chunk)[: len(pack.targets)]
 
 
 def _plan(lengths: Sequence[int]) -> list[tuple[list[int], int]]:

@@ -17,12 +17,13 @@ def tokens(prompt, answer, first=10):
     return Tokens(ids, np.asarray([0.0] * prompt + [1.0] * answer, np.float32))
 
 
-def units_of(monkeypatch, groups, objective="sft", capacity=10, overlong="refuse", context=None):
+def units_of(monkeypatch, groups, objective="sft", capacity=10, overlong="refuse", context=None, shared=True, **more):
     """read_units over ready documents: groups[i] are the documents of row `ri` (for dpo, its pair)."""
-    rows = pa.table({"row_id": [f"r{i}" for i in range(len(groups))]})
+    rows = pa.table({"row_id": [f"r{i}" for i in range(len(groups))]} | more)
     monkeypatch.setattr(data, "tokenise_rows", lambda tokenizer, rows: groups)
     monkeypatch.setattr(data, "tokenise_pairs", lambda tokenizer, rows: groups)
-    return read_units(objective, None, rows, capacity, overlong, context)
+    monkeypatch.setattr(data, "tokenise_completions", lambda tokenizer, rows: groups)
+    return read_units(objective, None, rows, capacity, overlong, context, shared=shared)
 
 
 LONG = [[tokens(3, 4)], [tokens(8, 4)], [tokens(2, 9)], [tokens(4, 6)]]
@@ -61,13 +62,13 @@ def test_prompts_are_cut_at_the_head_and_no_target_is_lost(monkeypatch: pytest.M
 
 def test_both_documents_of_a_pair_lose_the_same_head(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = (tokens(6, 2), tokens(6, 3))
-    units = units_of(monkeypatch, [pair], "dpo", capacity=14, overlong="truncate_prompt")
+    units = units_of(monkeypatch, [pair], "dpo", capacity=14, overlong="truncate_prompt", shared=False)
     assert units.truncated.to_pylist() == [{"row_id": "r0", "tokens": 13, "cut": 2}]
     assert [len(document.ids) for document in units.documents] == [6, 7]
     assert units.targets.tolist() == [5]
     with pytest.raises(HouseError, match=r"r0 \(17\)"):
-        units_of(monkeypatch, [pair], "dpo", capacity=16)
-    assert units_of(monkeypatch, [pair], "dpo", capacity=17).lengths.tolist() == [17]
+        units_of(monkeypatch, [pair], "dpo", capacity=16, shared=False)
+    assert units_of(monkeypatch, [pair], "dpo", capacity=17, shared=False).lengths.tolist() == [17]
 
 
 def test_rows_that_teach_nothing_are_excluded_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

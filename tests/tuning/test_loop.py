@@ -254,7 +254,7 @@ def test_a_run_stopped_at_several_steps_ends_in_the_same_bytes(home: Path, tmp_p
     arguments = (objective, home / ("sft" if objective == "sft" else "preference"), home / "model")
     train(*arguments, tmp_path / "straight", SMALL)
     out = tmp_path / "stopped"
-    for event, step in [("reference", 3), ("step", 2), ("step", 5), ("step", 9)]:
+    for event, step in [("reference", 3), ("step", 2), ("step", 5), ("step", 7)]:
         if event == "step" or objective == "dpo":
             with pytest.raises(Killed):
                 train(*arguments, out, SMALL, progress=killer(event, step))

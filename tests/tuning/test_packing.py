@@ -63,14 +63,18 @@ def test_pack_places_documents_end_to_end() -> None:
     pack = build_pack(examples, [2, 0], pad_to=8)
     assert pack.tokens.tolist() == [9, 4, 5, 6, 7, 0, 0, 0]
     assert pack.positions.tolist() == [0, 1, 0, 1, 2, 0, 1, 2]
-    assert pack.weights.tolist() == [0, 0.5, 0, 0, 1, 0, 0, 0]  # the first token of a document is never a target
     assert pack.lengths.tolist() == [2, 3, 3]
-    assert pack.documents.tolist() == [2, 0, -1]
-    assert pack.targets.tolist() == [1, 4]
-    assert pack.owners.tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
-    assert pack.size == 5
+    assert pack.parents.tolist() == [-1, -1, -1]
+    assert pack.documents.tolist() == [2, 0]
+    assert pack.targets.tolist() == [1, 4]  # the first token of a document is never a target
+    assert pack.sources.tolist() == [0, 3]
+    assert pack.ids.tolist() == [4, 7]
+    assert pack.entries.tolist() == [0, 1]
+    assert pack.weights.tolist() == [0.5, 1.0]
+    assert pack.owners.tolist() == [0, 1]
+    assert (pack.size, pack.padding) == (5, 3)
     assert [target_tokens(example) for example in examples] == [1, 0, 1]
-    assert build_pack(examples, [2, 0], pad_to=5).documents.tolist() == [2, 0]
+    assert build_pack(examples, [2, 0], pad_to=5).padding == 0
     with pytest.raises(ValueError, match="do not fit"):
         build_pack(examples, [2, 0], pad_to=4)
 
