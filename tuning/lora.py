@@ -1,8 +1,8 @@
-"""LoRA on every linear layer of a transformers decoder, over an NF4 or plain base, saved as PEFT files."""
+"""LoRA on the linear layers of a transformers decoder, over an NF4 or plain base, saved as PEFT files."""
 
 import hashlib
 import json
-import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,84 +15,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..curation.folder import HouseError, whole_folder, write_json
-from ..kernels.lora_linear import Base, frozen_linear, lora_linear
-from ..kernels.nf4 import NF4, dequantise, quantise
+from ..kernels.glu import activation_of
+from .adapted import GATED, FrozenLinear, LoraLinear, LoraMlp, SharedInput, gated
 from .settings import Lora
 
 BaseKind = Literal["nf4", "nf4-single", "bf16", "fp32"]
-_PLAIN = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # children of one module that read one input
 _PREFIX = "base_model.model."
 # fields of PEFT's LoraConfig that ask for more than LoraLinear computes
 _FOREIGN = (
-    "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "lora_bias", "target_parameters",
+    "modules_to_save", "layer_replication", "lora_bias", "target_parameters",
     "trainable_token_indices", "use_qalora", "alora_invocation_tokens",
 )  # fmt: skip
 _WEIGHTS, _CONFIG, _OURS = "adapter_model.safetensors", "adapter_config.json", "gristmill.json"
-
-
-class LoraLinear(nn.Module):
-    """A frozen linear layer with a low-rank update: y = x Wᵀ + bias + alpha / rank · (drop(x) Aᵀ) Bᵀ.
-
-    The base is a frozen parameter `weight` (out, in) or, in NF4, buffers. A (rank, in) and B (out, rank) are fp32
-    parameters. Dropout draws from torch's global generator, which each training step seeds.
-    """
-
-    def __init__(self, linear: nn.Linear, settings: Lora, generator: torch.Generator) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.scale, self.dropout = settings.alpha / settings.rank, settings.dropout
-        self.active = True
-        self._nf4: NF4 | None = None
-        self.weight: nn.Parameter | None = None
-        weight, device = linear.weight.detach(), linear.weight.device
-        if settings.base in _PLAIN:
-            self.weight = nn.Parameter(weight.to(_PLAIN[settings.base]), requires_grad=False)
-        else:
-            self._keep(quantise(weight, double=settings.base == "nf4"))
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        a = torch.empty(settings.rank, linear.in_features)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        self.A = nn.Parameter(a.to(device))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, settings.rank, device=device))
-
-    def _keep(self, q: NF4) -> None:
-        self._nf4 = q
-        for name, tensor in q.tensors().items():
-            self.register_buffer(f"nf4_{name}", tensor, persistent=False)
-
-    @property
-    def base(self) -> Base:
-        """The frozen weight, as stored."""
-        if self._nf4 is None:
-            assert self.weight is not None
-            return self.weight
-        tensors: dict[str, Any] = {name: getattr(self, f"nf4_{name}") for name in self._nf4.tensors()}
-        if tensors["packed"] is not self._nf4.packed:  # the module was moved
-            self._nf4 = replace(self._nf4, **tensors)
-        return self._nf4
-
-    def unpack(self) -> None:
-        """Stores an NF4 base dequantised: the same values, without the work of each call."""
-        if self._nf4 is None:
-            return
-        q = self.base
-        assert isinstance(q, NF4)
-        self.weight = nn.Parameter(dequantise(q), requires_grad=False)
-        for name in q.tensors():
-            delattr(self, f"nf4_{name}")
-        self._nf4 = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.active:
-            return frozen_linear(x, self.base, self.bias)
-        keep, rate = None, 1.0 - self.dropout
-        if self.training and self.dropout:
-            keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(rate)
-        return lora_linear(x, self.base, self.A, self.B, self.scale, self.bias, keep, rate)
-
-    def extra_repr(self) -> str:
-        kind = "nf4" if self._nf4 is not None else "plain"
-        return f"{self.in_features} -> {self.out_features}, rank {self.A.shape[0]}, base {kind}"
 
 
 def _layers(model: PreTrainedModel) -> dict[str, LoraLinear]:
@@ -109,28 +44,111 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(raw, "big"))
 
 
-def add_lora(model: PreTrainedModel, settings: Lora, seed: int) -> None:
-    """Replaces every linear layer of the decoder blocks by a LoraLinear and freezes everything else.
+def _check(settings: Lora) -> None:
+    if settings.rank < 1 or not 0 <= settings.dropout < 1 or not settings.lora_plus_ratio > 0:
+        raise HouseError(
+            f"LoRA needs rank >= 1, 0 <= dropout < 1 and lora_plus_ratio > 0, not {settings.rank}, "
+            f"{settings.dropout} and {settings.lora_plus_ratio}"
+        )
 
-    Output layer and embeddings stay as they are. B starts at zero, so the model's output is the base's (NF4 rounding
-    aside). HouseError where the model has an adapter already or no decoder blocks to adapt.
-    """
-    if settings.rank < 1 or not 0 <= settings.dropout < 1:
-        raise HouseError(f"LoRA needs rank >= 1 and 0 <= dropout < 1, not {settings.rank} and {settings.dropout}")
-    if any(isinstance(module, LoraLinear) for module in model.modules()):
-        raise HouseError("the model carries an adapter already; load the base again to start another")
+
+def _names(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers inside the decoder blocks. HouseError where there are none."""
     blocks = getattr(model.base_model, "layers", None)
     if not isinstance(blocks, nn.ModuleList):
         raise HouseError(f"{type(model).__name__} has no decoder blocks at base_model.layers to adapt")
     inside = {id(module) for module in blocks.modules()}
-    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside]
-    if not linears:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside]
+    if not names:
         raise HouseError(f"the decoder blocks of {type(model).__name__} hold no torch.nn.Linear to adapt")
+    return names
+
+
+def _targeted(names: list[str], targets: tuple[str, ...]) -> set[str]:
+    """Those of `names` that end in one of `targets`. HouseError for a target that none does."""
+    found = {target: {name for name in names if f".{name}".endswith(f".{target}")} for target in targets}
+    missing = [target for target, matches in found.items() if not matches]
+    if missing:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+        raise HouseError(f"lora.targets: no linear layer is called {', '.join(missing)}; the model has {known}")
+    return set().union(*found.values()) if targets else set(names)
+
+
+def add_lora(model: PreTrainedModel, settings: Lora, seed: int) -> None:
+    """Replaces the linear layers of the decoder blocks by adapted ones (those of `settings.targets`) and frozen ones,
+    and freezes everything else.
+
+    Output layer and embeddings stay as they are. B starts at zero, so the model's output is the base's (NF4 rounding
+    aside). q, k and v, and gated MLPs, then run as one operation each; names of modules and parameters stay. HouseError
+    where the model has an adapter already, no decoder blocks to adapt, or no layer of a target's name.
+    """
+    _check(settings)
+    names = _names_without_adapter(model)
+    chosen = _targeted(names, settings.targets)
+    _replace(model, names, dict.fromkeys(chosen, settings), settings.base, seed)
+
+
+def _names_without_adapter(model: PreTrainedModel) -> list[str]:
+    if any(isinstance(module, FrozenLinear) for module in model.modules()):
+        raise HouseError("the model carries an adapter already; load the base again to start another")
+    return _names(model)
+
+
+def _replace(model: PreTrainedModel, names: list[str], adapters: dict[str, Lora], base: str, seed: int) -> None:
+    """One layer after another, so that no more than one weight is held twice."""
     model.requires_grad_(False)
-    for name, linear in linears:
+    acts = _gated_mlps(model, names)
+    for name in names:
         parent, _, leaf = name.rpartition(".")
-        layer = LoraLinear(linear, settings, _generator(seed, name)).train(linear.training)
-        setattr(model.get_submodule(parent), leaf, layer)
+        linear = cast(nn.Linear, model.get_submodule(name))
+        settings = adapters.get(name)
+        layer = FrozenLinear(linear, base) if settings is None else LoraLinear(linear, settings, _generator(seed, name))
+        setattr(model.get_submodule(parent), leaf, layer.train(linear.training))
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        _join(model, parent, acts.get(parent))
+
+
+def _gated_mlps(model: PreTrainedModel, names: list[str]) -> dict[str, str]:
+    """Activation, of those that the fused MLP knows, of each module that computes what `gated` does. One module of each
+    class is tried on numbers: a name says nothing of a forward."""
+    found, tried = {}, {}
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        module = model.get_submodule(parent)
+        if [name for name, _ in module.named_children()] != list(GATED):
+            continue
+        if type(module) not in tried:
+            gate, act = cast(nn.Linear, module.gate_proj), activation_of(cast(nn.Module, module.act_fn))
+            probe = torch.linspace(-1, 1, 2 * gate.in_features).view(2, -1).to(gate.weight)
+            with torch.no_grad():
+                same = act is not None and torch.equal(module(probe), gated(module, probe))
+            tried[type(module)] = act if same else None
+        act = tried[type(module)]
+        if act is not None:
+            found[parent] = act
+    return found
+
+
+def _join(model: PreTrainedModel, name: str, act: str | None) -> None:
+    """Lets the adapted layers under the module `name` that read one input run together."""
+    module = model.get_submodule(name)
+    layers = {child: layer for child, layer in module.named_children() if isinstance(layer, LoraLinear)}
+    if act is not None and all(child in layers for child in GATED[:3]):
+        grandparent, _, leaf = name.rpartition(".")
+        mlp = LoraMlp(*(layers[child] for child in GATED[:3]), cast(nn.Module, module.act_fn), act)
+        setattr(model.get_submodule(grandparent), leaf, mlp.train(module.training))
+        return
+    for together in SHARING:
+        members = [layers[child] for child in together if child in layers]
+        if len(members) > 1:
+            shared = SharedInput(members)
+            for layer in members:
+                layer.shared = shared
+
+
+def rates(model: PreTrainedModel, settings: Lora) -> dict[str, float]:
+    """What each trainable parameter's learning rate is multiplied by: B's by `lora_plus_ratio` (LoRA+,
+    arXiv 2402.12354), all others' by 1."""
+    return {name: settings.lora_plus_ratio if name.endswith(".B") else 1.0 for name in trainable(model)}
 
 
 def trainable(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -140,8 +158,9 @@ def trainable(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 def unpack(model: PreTrainedModel) -> None:
     """Stores every NF4 base dequantised: the same function, more memory, faster small calls (generation)."""
-    for layer in _layers(model).values():
-        layer.unpack()
+    for module in model.modules():
+        if isinstance(module, FrozenLinear):
+            module.unpack()
 
 
 @contextmanager
@@ -173,21 +192,32 @@ def save_adapter(model: PreTrainedModel, folder: Path, settings: Lora, base_mode
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,
+        "init_lora_weights": "gaussian" if settings.init == "gaussian" else True,
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": settings.rank,
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "target_modules": list(_leaves(model) or sorted(layers)),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": settings.rslora,
     }
+    ranks = {name: layer.rank for name, layer in layers.items() if layer.rank != settings.rank}
+    alphas = {name: layer.alpha for name, layer in layers.items() if layer.alpha != settings.alpha}
+    config |= {key: value for key, value in (("rank_pattern", ranks), ("alpha_pattern", alphas)) if value}
     with whole_folder(folder) as temporary:
         save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / _CONFIG, config)
         write_json(temporary / _OURS, {"base": settings.base})
+
+
+def _leaves(model: PreTrainedModel) -> tuple[str, ...]:
+    """Last parts of the adapted layers' names; () where they would name a layer that is not adapted too."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    leaves = {name.rpartition(".")[2] for name, module in linears.items() if isinstance(module, LoraLinear)}
+    named = [module for name, module in linears.items() if name.rpartition(".")[2] in leaves]
+    return tuple(sorted(leaves)) if all(isinstance(module, LoraLinear) for module in named) else ()
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
@@ -207,25 +237,41 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
 
 
 def _settings(config: dict[str, Any], folder: Path) -> Lora:
-    """The adapter's settings; HouseError for what LoraLinear does not compute."""
+    """The adapter's settings, patterns aside; HouseError for what LoraLinear does not compute."""
     plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False}
     odd = [f"{key}={config[key]!r}" for key, value in plain.items() if config.get(key, value) != value]
     odd += [f"{key}={config[key]!r}" for key in _FOREIGN if config.get(key)]
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):  # the others change the base
-        odd.append(f"init_lora_weights={config['init_lora_weights']!r}")
+    init = config.get("init_lora_weights", True)
+    if init not in (True, False, "gaussian"):  # the others change the base
+        odd.append(f"init_lora_weights={init!r}")
     if odd:
         raise HouseError(f"{folder / _CONFIG}: cannot load an adapter with {', '.join(odd)}")
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    alpha = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha  # rsLoRA scales by alpha / √rank
-    return Lora(rank=rank, alpha=alpha, dropout=float(config.get("lora_dropout", 0.0)))
+    return Lora(
+        rank=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        dropout=float(config.get("lora_dropout", 0.0)),
+        rslora=bool(config.get("use_rslora")),
+        init="gaussian" if init == "gaussian" else "kaiming",
+    )
+
+
+def _of_layer(config: dict[str, Any], name: str, settings: Lora) -> Lora:
+    """`settings` as PEFT's rank_pattern and alpha_pattern change them for one layer."""
+    found: dict[str, Any] = {}
+    for field, patterns in (("rank", config.get("rank_pattern")), ("alpha", config.get("alpha_pattern"))):
+        for pattern, value in (patterns or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                found[field] = type(getattr(settings, field))(value)
+                break
+    return replace(settings, **found)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, base: str | None = None, trainable: bool = False) -> Lora:
     """Puts the PEFT adapter in `folder` on `model` and returns its settings.
 
-    base: how to store the frozen weights; None: as gristmill.json says, else plain in the model's own dtype. Linear
-    layers that the adapter leaves out get an update of zero. trainable: let A and B require gradients. HouseError where
-    the adapter is of a kind that cannot be loaded or does not fit the model.
+    base: how to store the frozen weights; None: as gristmill.json says, else plain in the model's own dtype. The layers
+    that the adapter's weights name are adapted, the others frozen. trainable: let A and B require gradients. HouseError
+    where the adapter is of a kind that cannot be loaded or does not fit the model.
     """
     folder = Path(folder)
     config, weights, noted = _read(folder)
@@ -233,15 +279,30 @@ def load_adapter(model: PreTrainedModel, folder: Path, base: str | None = None, 
     if kind not in get_args(BaseKind):
         raise HouseError(f"base {kind!r} of {folder} is none of {', '.join(get_args(BaseKind))}")
     settings = replace(_settings(config, folder), base=cast(BaseKind, kind))
-    add_lora(model, settings, seed=0)
+    names = _names_without_adapter(model)
+    named = {weight.rpartition(".")[0] for weight in weights}
+    adapters = {name: _of_layer(config, name, settings) for name in names if name in named}
+    _fits(model, adapters, weights, folder)
+    _replace(model, names, adapters, kind, seed=0)
     layers = _layers(model)
-    slots = {f"{name}.{letter}": getattr(layer, letter) for name, layer in layers.items() for letter in "AB"}
-    wrong = sorted(name for name, tensor in weights.items() if name not in slots or slots[name].shape != tensor.shape)
-    if wrong:
-        raise HouseError(f"{folder} does not fit this model: {', '.join(wrong[:3])} ({len(wrong)} of {len(weights)})")
     with torch.no_grad():
-        for name, tensor in weights.items():
-            slots[name].copy_(tensor)
-    for parameter in slots.values():
-        parameter.requires_grad_(trainable)
-    return settings
+        for weight, tensor in weights.items():
+            name, _, letter = weight.rpartition(".")
+            getattr(layers[name], letter).copy_(tensor)
+    for layer in layers.values():
+        layer.A.requires_grad_(trainable)
+        layer.B.requires_grad_(trainable)
+    return settings if len(layers) == len(names) else replace(settings, targets=_leaves(model) or tuple(sorted(layers)))
+
+
+def _fits(model: PreTrainedModel, adapters: dict[str, Lora], weights: dict[str, Tensor], folder: Path) -> None:
+    """HouseError where a weight has no layer or another shape, or a layer lacks one of its two."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, settings in adapters.items():
+        linear = cast(nn.Linear, model.get_submodule(name))
+        wanted[f"{name}.A"] = (settings.rank, linear.in_features)
+        wanted[f"{name}.B"] = (linear.out_features, settings.rank)
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+    if wrong or not found:
+        raise HouseError(f"{folder} does not fit this model: {', '.join(wrong[:3])} ({len(wrong)} of {len(weights)})")
