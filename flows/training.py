@@ -9,6 +9,7 @@ from ..curation.shards import read_split
 from ..tuning.evaluate import evaluate_preference, evaluate_sft
 from ..tuning.loop import train
 from ..tuning.models import load_tokenizer
+from ..tuning.objectives import find_loss
 from ..tuning.settings import Training
 from .models import Workshop
 from .progress import Done
@@ -90,13 +91,6 @@ def _pairs(shop: Workshop, stage: Evaluate) -> list[tuple[str, str]]:
     return pairs
 
 
-def _settings(shop: Workshop, name: str) -> Training:
-    """How the stage `name` was trained; of a base model, how the first stage on it is."""
-    trained = shop.recipe.trained()
-    users = [stage for stage in trained.values() if stage.name == name or stage.model == name]
-    return users[0].settings if users else Training()
-
-
 def _capacity(shop: Workshop, name: str) -> int:
     """The largest pack of any stage on the same base model, so that all of them are measured on the same rows."""
     base = shop.base(name)
@@ -114,6 +108,7 @@ def _preference(shop: Workshop, name: str, start: str, rows: Any) -> list[Row]:
     tokenizer = load_tokenizer(shop.base_folder(name))
     policy = shop.load(name)
     reference = policy if start == name else shop.load(start)
-    settings = _settings(shop, name)
-    found = evaluate_preference(policy, reference, tokenizer, rows, settings.beta, _capacity(shop, name))
+    stage = shop.recipe.trained().get(name)
+    beta = find_loss("dpo" if stage is None or stage.objective != "dpo" else stage.settings.loss, "dpo").beta
+    found = evaluate_preference(policy, reference, tokenizer, rows, beta, _capacity(shop, name))
     return [{"metric": m, "value": found[m], "rows": found["pairs"]} for m in ("accuracy", "margin")]

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..curation.folder import whole_folder
+from ..curation.folder import HouseError, whole_folder
 
 MARKER = "COMPLETE"
+FORMAT = 2  # of run.json and checkpoints; another one cannot be continued
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,38 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     with whole_folder(path) as temporary:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
         save_file(tensors, temporary / "state.safetensors")
-        values = {"step": checkpoint.step, **checkpoint.values}
+        values = {"step": checkpoint.step, **version(), **checkpoint.values}
         (temporary / "state.json").write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
         hashes = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / MARKER).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
-    for old in _steps(folder)[max(keep, 1) :]:
+    for old in step_folders(folder)[max(keep, 1) :]:
         shutil.rmtree(old)
     return path
 
 
+def version() -> dict[str, Any]:
+    """The format of what a stage writes, and which gristmill writes it."""
+    return {"format": FORMAT, "gristmill": metadata.version("gristmill")}
+
+
+def check_version(where: Path, values: Mapping[str, Any]) -> None:
+    """HouseError where another format of run.json or a checkpoint lies in `where`."""
+    if values.get("format", 1) != FORMAT:
+        raise HouseError(
+            f"{where} was written by gristmill {values.get('gristmill', 'of an earlier version')} in format "
+            f"{values.get('format', 1)}; this is gristmill {version()['gristmill']}, which writes format {FORMAT}. "
+            "Continue it with the version that began it, or choose another folder"
+        )
+
+
 def find_latest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The latest checkpoint that is whole, or None. say: is told of each later one that is skipped, and why."""
-    for path in _steps(folder):
+    """The latest checkpoint that is whole, or None. say: is told of each later one that is skipped, and why. HouseError
+    for one of another format."""
+    for path in step_folders(folder):
         fault = _fault(path)
         if fault is None:
             try:
-                return _load(path)
+                return load_checkpoint(path)
             except (SafetensorError, ValueError, KeyError, OSError) as error:
                 fault = str(error)
         say(f"checkpoint {path} skipped: {fault}")
@@ -85,7 +103,7 @@ def restore_optimizer(
             optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device, copy=True)
 
 
-def _steps(folder: Path) -> list[Path]:
+def step_folders(folder: Path) -> list[Path]:
     """Checkpoint folders, latest first."""
     return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=_step, reverse=True)
 
@@ -111,8 +129,12 @@ def _fault(path: Path) -> str | None:
     return f"{altered[0]} does not have the SHA-256 that {MARKER} states" if altered else None
 
 
-def _load(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in this folder, whole as it is. HouseError where it is of another format."""
     values = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    check_version(path, values)
+    for name in version():
+        values.pop(name)
     return Checkpoint(values.pop("step"), load_file(path / "state.safetensors"), values)
 
 

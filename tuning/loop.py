@@ -1,12 +1,12 @@
-"""`train`: the one loop, for SFT and DPO, for adapters and for all weights.
+"""`train`: the one loop, for every objective and loss, for adapters and for all weights, on one process or many.
 
 A stage's folder holds run.json (inputs, plan, place; status `running`, at the end `complete`), the plan's tables
-(data.py), metrics.jsonl, checkpoints/, for DPO reference.parquet, row_losses/train.parquet, and adapter/ or model/.
-A run that was killed anywhere continues by the same call and ends in the same bytes on the same kind of machine: the
-plan is a function of the inputs, each step seeds its own dropout, and a checkpoint holds the rest.
+(data.py), metrics.jsonl, checkpoints/, references/, row_losses/train.parquet, and adapter/ or model/ (with held-out
+rows measured also best/). A run that was killed anywhere continues by the same call and ends in the same bytes on the
+same kind of machine: the plan is a function of the inputs, each pack of each step seeds its own dropout, and a
+checkpoint holds the rest.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -15,51 +15,36 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..curation.folder import HouseError, read_json, whole_folder, write_json
 from .checkpoint import Checkpoint, find_latest, optimizer_tensors, remove_torn, restore_optimizer, save_checkpoint
 from .data import Objective, Plan, make_plan, read_rows, read_units, write_plan
-from .forward import answer_logps, context_of, inference, pack_logps
-from .lora import LoraLinear, add_lora, load_adapter, save_adapter, trainable
-from .losses import dpo_loss, sft_loss, sums_by_document
+from .forward import context_of
+from .held_out import Best, held_out_plan, keep_best, measure, prune_best, read_best, with_plan
+from .lora import LoraLinear, add_lora, load_adapter, save_adapter
 from .models import load_model, load_tokenizer
-from .packing import Pack
+from .noise import mask_token_of
+from .objectives import Loss, find_loss
+from .optim import learning_rate, make_optimizer, set_rate
+from .outlook import Outlook, enough_memory, outlook
 from .place import Place, training_place
-from .records import (
-    INPUTS,
-    begun,
-    cut_metrics,
-    folder_digest,
-    read_reference,
-    run_inputs,
-    write_reference,
-    write_row_losses,
-)
+from .ranks import World, world
+from .recompute import recompute
+from .records import begun, cut_metrics, folder_digest, run_inputs, run_key, write_row_losses
+from .reference import Reference, reference_of
 from .settings import Training
+from .sharded import spread
+from .stage import VALUES, Seen, Stage, accumulate, shares_of
+from .trackers import Track, check_trackers, trackers
 
 Progress = Callable[[dict[str, Any]], None]
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What the steps of one stage share. key: digest of its inputs and plan. reference: (U, 2) log-probabilities of
-    DPO's answers, on the policy's device; None for SFT."""
-
-    key: str
-    objective: Objective
-    plan: Plan
-    policy: PreTrainedModel
-    parameters: dict[str, nn.Parameter]
-    reference: torch.Tensor | None
-    settings: Training
-    out: Path
 
 
 def train(
@@ -72,43 +57,64 @@ def train(
     adapter: Path | None = None,
     name: str = "",
     progress: Progress | None = None,
+    references: Path | None = None,
 ) -> dict[str, Any]:
     """Trains one stage into `out` and returns its run.json.
 
-    data: a curated folder of kind sft or preference. model: a transformers folder. adapter: a PEFT folder to continue,
-    of the rank and alpha of `settings.lora`. name: what the recipe calls the stage. progress: is given {"event":
-    "plan", …} (plan.json), "reference" (done, total), "resume" (step), "step" (the line of metrics.jsonl, total).
+    data: a curated folder of the objective's kind. model: a transformers folder. adapter: a PEFT folder to continue, of
+    the rank and alpha of `settings.lora`. name: what the recipe calls the stage. references: where log-probabilities
+    under the start's weights are kept and looked for (default: in `out`). progress: is given {"event": "plan", …}
+    (plan.json, with `excluded_rows`), "reference" (done, total), "resume" (step), "step" (the line of metrics.jsonl,
+    total, eta in seconds).
 
-    A finished `out` of the same inputs is returned at once; one of other inputs is a HouseError that names them. Also a
-    HouseError: data of the wrong kind, no row left, over-long rows (as settings.overlong says), a loss that is not
-    finite (with the step's rows; the last checkpoint stays).
+    Under torchrun all processes train the one stage together; the first one writes and reports. A finished `out` of the
+    same inputs is returned at once; one of other inputs is a HouseError that names them. Also a HouseError: data of the
+    wrong kind, no row left, over-long rows (as settings.overlong says), a loss or gradient that is not finite (with
+    the step's rows; the last checkpoint stays), memory that does not suffice (with what would fit).
     """
-    tell = progress or (lambda event: None)
-    inputs = run_inputs(objective, data, model, adapter, settings)
-    past = begun(out, inputs)
-    if past is not None and past["status"] == "complete":
-        return past
-    with continuable(out), training_place(settings, past) as place:
-        tokenizer, context = load_tokenizer(model), context_of(AutoConfig.from_pretrained(model, local_files_only=True))
-        rows = read_rows(objective, data)
-        units = read_units(objective, tokenizer, rows, settings.capacity, settings.overlong, context)
-        plan = make_plan(units, settings)
-        numbers = write_plan(plan, settings.capacity, out)
-        policy, parameters = _policy(model, adapter, settings, place)
-        run = {"status": "running", "name": name, **inputs, **place.record(), "plan": numbers}
-        write_json(out / "run.json", run)
-        tell({"event": "plan", **numbers})
-        reference = _reference(policy, plan, out, _key(run), tell) if objective == "dpo" else None
-        stage = Stage(_key(run), objective, plan, policy, parameters, reference, settings, out)
-        _steps(stage, tell)
-        if settings.lora is None:
-            with whole_folder(out / "model") as folder:
-                policy.set_attn_implementation("sdpa")
-                policy.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
-        else:
-            save_adapter(policy, out / "adapter", settings.lora, str(model))
-    return _complete(out, run)
+    loss = find_loss(settings.loss, objective)
+    _suits(settings, loss)
+    with world() as here:
+        tell = progress if progress is not None and here.main else _silent
+        inputs = run_inputs(objective, loss, data, model, adapter, settings)
+        past = here.first(lambda: begun(out, inputs))
+        if past is not None and past["status"] == "complete":
+            return past
+        with continuable(out), training_place(settings, past) as place:
+            config = AutoConfig.from_pretrained(model, local_files_only=True)
+            tokenizer, context = load_tokenizer(model), context_of(config)
+            plan = _plan(loss, tokenizer, data, settings, context)
+            held = None
+            if settings.evaluate_every:
+                held = held_out_plan(loss.family, tokenizer, data, settings.capacity, context)
+            policy = _policy(model, adapter, settings, place)
+            view = outlook(config, plan, settings, place.device, policy.dtype, loss.reference, here.size)
+            run = {"status": "running", "name": name, **inputs, **place.record(), "processes": here.size}
+            if here.main:
+                run["plan"] = write_plan(plan, settings.capacity, out) | view.record
+                write_json(out / "plan.json", run["plan"])
+                write_json(out / "run.json", run)
+            run = here.told(run)
+            tell({"event": "plan", **run["plan"], "excluded_rows": _excluded(plan)})
+            weights = {key: run[key] for key in ("model_digest", "adapter_digest", "device", "dtype")}
+            weights["base"] = None if settings.lora is None else settings.lora.base
+            with enough_memory(view, plan):
+                parts = _Parts(loss, settings, context, weights, references or out / "references", here, tell)
+                reference = _reference(policy, plan, parts, policy_of="train")
+                aside = None if held is None else (held, _reference(policy, held, parts, policy_of="held out"))
+                recompute(policy, settings)
+                mask = mask_token_of(tokenizer) if settings.masked_thought else 0
+                spreaded = spread(policy, here, settings.parallel)
+                stage = Stage(run_key(run), loss, plan, spreaded, reference, settings, out, mask)
+                trained = _Run(stage, None if aside is None else with_plan(stage, *aside), view, tell, run)
+                best = _steps(trained)
+            _export(stage, tokenizer, model, out / _result(settings))
+            _export_best(trained, best, tokenizer, model)
+        return here.first(lambda: _complete(out, run, view, best))
+
+
+def _silent(event: dict[str, Any]) -> None:
+    pass
 
 
 @contextmanager
@@ -121,117 +127,198 @@ def continuable(out: Path) -> Iterator[None]:
         raise
 
 
-def pack_loss(stage: Stage, pack: Pack, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of one pack in sum form, and (2, U) values of each of its units.
-
-    units: the pack's units. SFT: weighted sum of -log p over the unit's targets, and the sum of their probabilities;
-    DPO: the pair's loss and its margin.
-    """
-    if stage.reference is None:
-        logps, weights, owners = pack_logps(stage.policy, pack)
-        seen = torch.stack([-logps * weights, logps.exp()]).detach()
-        sums = [sums_by_document(values, owners, len(pack.lengths)) for values in seen]
-        return sft_loss(logps, weights), torch.stack(sums)
-    (chosen, rejected), (ref_chosen, ref_rejected) = answer_logps(stage.policy, pack).t(), stage.reference[units].t()
-    losses, margins = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, stage.settings.beta)
-    return losses.sum(), torch.stack([losses.detach(), margins])
+def _suits(settings: Training, loss: Loss) -> None:
+    """HouseError for settings that cannot be, before anything is read."""
+    check_trackers(settings.track)
+    if settings.compile:
+        raise HouseError(
+            "compile: attention is guarded by the lengths of each pack's documents, so that torch.compile would compile "
+            "every pack anew; the steps are made of operations that are fused already. Leave it out"
+        )
+    for key in ("neftune_alpha", "masked_thought"):
+        if getattr(settings, key) and loss.family != "tokens":
+            raise HouseError(f"{key} is noise on supervised inputs; {loss.name} is a loss of {loss.family}: leave it out")
 
 
-def accumulate(stage: Stage, step: int) -> torch.Tensor:
-    """Gradients of one optimizer step, pack by pack, as of one big batch: divided by the target weight (SFT) or the
-    pairs (DPO) of all its packs. Returns (2, U) values (pack_loss) in the order of `plan.units_of(step)`."""
-    plan = stage.plan
-    seen = []
-    divisor = share_of(stage, step)
-    for index in plan.steps[step][1]:
-        units = plan.packs[index]
-        loss, values = pack_loss(stage, plan.units.pack(units), torch.from_numpy(units))
-        torch.autograd.backward(loss / divisor)
-        seen.append(values)
-    return torch.cat(seen, 1).cpu()
+def _plan(
+    loss: Loss, tokenizer: PreTrainedTokenizerBase, data: Path, settings: Training, context: int | None
+) -> Plan:
+    rows = read_rows(loss.family, data)
+    return make_plan(read_units(loss.family, tokenizer, rows, settings.capacity, settings.overlong, context), settings)
 
 
-def share_of(stage: Stage, step: int) -> float:
-    """What the step's summed loss is divided by."""
-    units = stage.plan.units_of(step)
-    return float(stage.plan.units.weights[units].sum()) if stage.objective == "sft" else float(len(units))
+def _excluded(plan: Plan) -> dict[str, list[str]]:
+    """The first rows left out, by reason."""
+    found: dict[str, list[str]] = {}
+    for row in plan.units.excluded.to_pylist():
+        found.setdefault(row["reason"], []).append(row["row_id"])
+    if plan.units.truncated.num_rows:
+        found["truncated"] = plan.units.truncated["row_id"].to_pylist()
+    return {reason: row_ids[:5] for reason, row_ids in found.items()}
 
 
-def learning_rate(settings: Training, step: int, steps: int) -> float:
-    """Of step `step` (from 0) of `steps`: rises linearly over the warm-up steps, then falls linearly, to be zero after
-    the last one."""
-    warm = math.ceil(settings.warmup * steps)
-    return settings.learning_rate * ((step + 1) / (warm + 1) if step < warm else (steps - step) / (steps - warm))
+@dataclass(frozen=True)
+class _Parts:
+    """What a reference is computed with."""
+
+    loss: Loss
+    settings: Training
+    context: int | None
+    weights: dict[str, Any]
+    folder: Path
+    here: World
+    tell: Progress
 
 
-def _steps(stage: Stage, tell: Progress) -> None:
-    """Every optimizer step that is still to do."""
-    plan, settings, out = stage.plan, stage.settings, stage.out
-    optimizer = _adamw(stage.parameters, settings)
-    values, last = torch.zeros(2, len(plan.units.row_ids)), torch.zeros(len(plan.units.row_ids), dtype=torch.int32)
-    start = _resume(stage, optimizer, values, last, tell)
-    cut_metrics(out / "metrics.jsonl", start)
+def _reference(policy: PreTrainedModel, plan: Plan, parts: _Parts, *, policy_of: str) -> Reference | None:
+    def tell(done: int, total: int) -> None:
+        parts.tell({"event": "reference", "rows": policy_of, "done": done, "total": total})
+
+    return reference_of(
+        policy, plan, parts.loss, parts.settings.capacity, parts.context, parts.weights, parts.folder, parts.here, tell
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A stage with what its steps are told to and measured on."""
+
+    stage: Stage
+    held: Stage | None
+    view: Outlook
+    tell: Progress
+    run: dict[str, Any]
+
+
+@dataclass
+class _State:
+    """What changes from step to step besides weights and moments. values: (3, U) as the last epoch saw each unit; last:
+    (U,) the step that did; done: steps; saved: those of the last checkpoint."""
+
+    values: torch.Tensor
+    last: torch.Tensor
+    best: Best | None = None
+    done: int = 0
+    saved: int = 0
+
+
+def _steps(run: _Run) -> Best | None:
+    """Every optimizer step that is still to do. Returns the best measurement on the held-out rows."""
+    stage, total = run.stage, len(run.stage.plan.steps)
+    units = len(stage.plan.units.row_ids)
+    optimizer = make_optimizer(stage.spread.parameters, stage.settings)
+    state = _State(torch.zeros(len(VALUES), units), torch.zeros(units, dtype=torch.int32))
+    _resume(stage, optimizer, state, run.tell)
+    main = stage.spread.here.main
+    if main:
+        cut_metrics(stage.out / "metrics.jsonl", state.done)
     stage.policy.train()
-    saved, total = start, len(plan.steps)
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-        for step in range(start, total):
-            began = time.perf_counter()
-            torch.manual_seed(_step_seed(settings.seed, step))
-            rate = learning_rate(settings, step, total)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            units = plan.units_of(step)
-            values[:, units] = accumulate(stage, step)
-            last[units] = step + 1
-            norm = float(nn.utils.clip_grad_norm_(stage.parameters.values(), settings.max_grad_norm))
-            loss = float(values[0, units].double().sum()) / share_of(stage, step)
-            _check_finite(stage, step, loss, norm, saved)
-            optimizer.step()
-            optimizer.zero_grad()
-            line = {"step": step + 1, "epoch": plan.steps[step][0] + 1, "loss": loss, "grad_norm": norm, "lr": rate}
-            line |= _numbers(stage, values, units, time.perf_counter() - began)
-            metrics.write(json.dumps(line) + "\n")
-            metrics.flush()
-            tell({"event": "step", **line, "total": total})
-            if (step + 1) % settings.checkpoint_every == 0 and step + 1 < total:
-                weights = {f"weights/{name}": p.detach() for name, p in stage.parameters.items()}
-                seen = {"seen/values": values, "seen/last": last}
-                tensors = weights | optimizer_tensors(optimizer, stage.parameters) | seen
-                save_checkpoint(
-                    out / "checkpoints", Checkpoint(step + 1, tensors, {"key": stage.key}), settings.keep_checkpoints
-                )
-                saved = step + 1
-    write_row_losses(out / "row_losses" / "train.parquet", stage.objective, plan, values.numpy(), last.numpy())
+    record = {**run.run, "key": stage.key}
+    track_to = stage.settings.track if main else ()
+    with _metrics(stage.out, main) as metrics, trackers(track_to, stage.out, record) as track:
+        for step in range(state.done, total):
+            line = _step(run, optimizer, state, step)
+            if run.held is not None and ((step + 1) % stage.settings.evaluate_every == 0 or step + 1 == total):
+                line |= _measured(run.held, state)
+            _report(run, line, metrics, track)
+            if (step + 1) % stage.settings.checkpoint_every == 0 and step + 1 < total:
+                _save(stage, optimizer, state)
+    if main:
+        path = stage.out / "row_losses" / "train.parquet"
+        write_row_losses(path, stage.loss.family, stage.plan, state.values.numpy(), state.last.numpy())
+    return state.best
 
 
-def _numbers(stage: Stage, values: torch.Tensor, units: np.ndarray, seconds: float) -> dict[str, Any]:
-    tokens = int(stage.plan.units.lengths[units].sum())
-    line = {
+def _step(run: _Run, optimizer: torch.optim.Optimizer, state: _State, step: int) -> dict[str, Any]:
+    """One optimizer step, and its line of metrics.jsonl."""
+    stage, began = run.stage, time.perf_counter()
+    rate = learning_rate(stage.settings, step, len(stage.plan.steps))
+    set_rate(optimizer, rate)
+    units = stage.plan.units_of(step)
+    seen = accumulate(stage, step)
+    state.values[:, units] = seen.values
+    state.last[units] = step + 1
+    norm = stage.spread.clip(stage.settings.max_grad_norm)
+    loss = float(seen.values[0].double().sum()) * float(shares_of(stage, step)[0])
+    _check_finite(stage, step, loss, norm, seen, state.saved)
+    optimizer.step()
+    optimizer.zero_grad()
+    state.done = step + 1
+    line = {"step": step + 1, "epoch": stage.plan.steps[step][0] + 1, "loss": loss, "grad_norm": norm, "lr": rate}
+    return line | _gains(stage, seen, units) | _costs(run, units, time.perf_counter() - began)
+
+
+def _gains(stage: Stage, seen: Seen, units: np.ndarray) -> dict[str, float]:
+    """What the step's answers gained on the reference."""
+    gains = seen.values[1].double()
+    if stage.loss.family in ("pairs", "lists"):
+        accuracy = (gains > 0).double() + 0.5 * (gains == 0)
+        return {"margin": float(gains.mean()), "accuracy": float(accuracy.mean())}
+    labels = stage.plan.units.labels
+    if stage.loss.family != "unpaired" or labels is None:
+        return {}
+    good = torch.from_numpy(labels[units])
+    found = {"reward_desirable": gains[good], "reward_undesirable": gains[~good]}
+    line = {name: float(values.mean()) for name, values in found.items() if len(values)}
+    return line | ({} if seen.kl is None else {"kl": seen.kl})
+
+
+def _costs(run: _Run, units: np.ndarray, seconds: float) -> dict[str, Any]:
+    of = run.stage.plan.units
+    tokens = int(of.lengths[units].sum())
+    return {
         "tokens": tokens,
-        "target_tokens": int(stage.plan.units.targets[units].sum()),
+        "target_tokens": int(of.targets[units].sum()),
         "tokens_per_s": round(tokens / seconds, 1),
+        "roofline_share": round(run.view.roofline.share(tokens / seconds), 6),
+        "memory": run.view.peak_memory(),
         "seconds": round(seconds, 4),
     }
-    if stage.objective == "dpo":
-        margins = values[1, units].double()
-        accuracy = (margins > 0).double() + 0.5 * (margins == 0)
-        line |= {"margin": float(margins.mean()), "accuracy": float(accuracy.mean())}
-    return line
 
 
-def _policy(
-    model: Path, adapter: Path | None, settings: Training, place: Place
-) -> tuple[PreTrainedModel, dict[str, nn.Parameter]]:
-    """The model that is trained and its trainable parameters by name."""
+def _measured(held: Stage, state: _State) -> dict[str, Any]:
+    """The held-out rows, now; the weights are kept where they are the best so far."""
+    found = measure(held)
+    if state.best is None or found["held_out_loss"] < state.best["loss"]:
+        state.best = {"step": state.done, "loss": found["held_out_loss"]}
+        if held.spread.here.main:
+            keep_best(held.out / "checkpoints" / "best", state.best, _weights(held))
+    return found
+
+
+def _report(run: _Run, line: dict[str, Any], metrics: TextIO | None, track: Track) -> None:
+    if metrics is not None:
+        metrics.write(json.dumps(line) + "\n")
+        metrics.flush()
+    track(line["step"], line)
+    total = len(run.stage.plan.steps)
+    eta = run.view.eta(line["seconds"], total - line["step"])
+    run.tell({"event": "step", **line, "total": total, "eta": eta})
+
+
+@contextmanager
+def _metrics(out: Path, main: bool) -> Iterator[TextIO | None]:
+    if not main:
+        yield None
+        return
+    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        yield file
+
+
+# ---- weights
+
+
+def _policy(model: Path, adapter: Path | None, settings: Training, place: Place) -> PreTrainedModel:
+    """The model that is trained, with gradients where it learns."""
     if settings.lora is None and adapter is not None:
         raise HouseError(f"lora: null tunes all weights of {model} and cannot continue the adapter {adapter}")
     policy = load_model(model, dtype=place.dtype, device=place.device)
     if settings.lora is None:
         policy.requires_grad_(True)
-        return policy, dict(policy.named_parameters())
+        return policy
     if adapter is None:
         add_lora(policy, settings.lora, settings.seed)
-        return policy, trainable(policy)
+        return policy
     found = load_adapter(policy, adapter, settings.lora.base, trainable=True)
     for field in ("rank", "alpha"):
         ours, theirs = getattr(settings.lora, field), getattr(found, field)
@@ -240,87 +327,116 @@ def _policy(
     for module in policy.modules():
         if isinstance(module, LoraLinear):
             module.dropout = settings.lora.dropout
-    return policy, trainable(policy)
+    return policy
 
 
-def _reference(policy: PreTrainedModel, plan: Plan, out: Path, key: str, tell: Progress) -> torch.Tensor:
-    """(U, 2) log-probabilities of the answers under the weights that the stage starts from, on the very packs of
-    training, so that the loss of the first step is ln 2; read where they are stored."""
-    path = out / "reference.parquet"
-    found = read_reference(path, key)
+def _weights(stage: Stage) -> dict[str, torch.Tensor]:
+    return {f"weights/{name}": p.detach() for name, p in stage.spread.parameters.items()}
+
+
+def _save(stage: Stage, optimizer: torch.optim.Optimizer, state: _State) -> None:
+    """A checkpoint of the steps done."""
+    seen = {"seen/values": state.values, "seen/last": state.last}
+    tensors = _weights(stage) | optimizer_tensors(optimizer, stage.spread.parameters) | seen
+    folder = stage.out / "checkpoints"
+    if stage.spread.here.main:
+        values = {"key": stage.key, "best": state.best}
+        save_checkpoint(folder, Checkpoint(state.done, tensors, values), stage.settings.keep_checkpoints)
+        prune_best(folder / "best", state.best)
+    state.saved = state.done
+
+
+def _resume(stage: Stage, optimizer: torch.optim.Optimizer, state: _State, tell: Progress) -> None:
+    """Puts the latest whole checkpoint's state into place."""
+    folder = stage.out / "checkpoints"
+    if stage.spread.here.main:
+        remove_torn(folder)
+        remove_torn(folder / "best")
+    stage.spread.here.barrier()
+    found = find_latest(folder, log.warning)
     if found is None:
-        found = np.zeros((len(plan.units.row_ids), 2), np.float32)
-        with inference(policy):
-            for done, units in enumerate(plan.packs):
-                found[units] = answer_logps(policy, plan.units.pack(units)).float().cpu().numpy()
-                tell({"event": "reference", "done": done + 1, "total": len(plan.packs)})
-        write_reference(path, key, plan, found)
-    return torch.from_numpy(found).to(next(policy.parameters()).device)
-
-
-def _resume(
-    stage: Stage, optimizer: torch.optim.Optimizer, values: torch.Tensor, last: torch.Tensor, tell: Progress
-) -> int:
-    """Puts the latest whole checkpoint's state into place and returns the number of steps done."""
-    remove_torn(stage.out / "checkpoints")
-    found = find_latest(stage.out / "checkpoints", log.warning)
-    if found is None:
-        return 0
+        return
     if found.values["key"] != stage.key:
-        raise HouseError(f"{stage.out / 'checkpoints'} holds checkpoints of another run; choose another folder")
-    with torch.no_grad():
-        for name, parameter in stage.parameters.items():
-            parameter.copy_(found.tensors[f"weights/{name}"])
-        values.copy_(found.tensors["seen/values"])
-        last.copy_(found.tensors["seen/last"])
-    restore_optimizer(optimizer, stage.parameters, found.tensors)
+        raise HouseError(f"{folder} holds checkpoints of another run; choose another folder")
+    _put(stage, found)
+    state.values.copy_(found.tensors["seen/values"])
+    state.last.copy_(found.tensors["seen/last"])
+    restore_optimizer(optimizer, stage.spread.parameters, found.tensors)
+    state.done = state.saved = found.step
+    state.best = found.values["best"]
+    if stage.spread.here.main:
+        prune_best(folder / "best", state.best)
     tell({"event": "resume", "step": found.step})
-    return found.step
 
 
-def _adamw(parameters: dict[str, nn.Parameter], settings: Training) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) that decays matrices alone."""
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate, fused=True)
+@torch.no_grad()
+def _put(stage: Stage, checkpoint: Checkpoint) -> None:
+    for name, parameter in stage.spread.parameters.items():
+        parameter.copy_(checkpoint.tensors[f"weights/{name}"])
 
 
-def _check_finite(stage: Stage, step: int, loss: float, norm: float, saved: int) -> None:
+def _check_finite(stage: Stage, step: int, loss: float, norm: float, seen: Seen, saved: int) -> None:
+    """Stops before weights are touched by what is not a number, and names the rows of the step: those whose own loss is
+    none, where there are such."""
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    row_ids = list(dict.fromkeys(stage.plan.units.row_ids[unit] for unit in stage.plan.units_of(step)))
+    units = stage.plan.units_of(step)
+    odd = ~torch.isfinite(seen.values[0]).numpy()
+    row_ids = list(dict.fromkeys(stage.plan.units.rows_of(units[odd] if odd.any() else units)[0]))
     shown = ", ".join(row_ids[:20]) + (f" and {len(row_ids) - 20} more (steps.parquet)" if len(row_ids) > 20 else "")
+    whose = "rows whose loss is not finite" if odd.any() else "step's rows"
     raise HouseError(
         f"step {step + 1} of {stage.out}: loss {loss}, gradient norm {norm}. The weights before it are untouched; the "
-        f"last checkpoint is of step {saved}. Lower the learning rate or look at the step's rows: {shown}"
+        f"last checkpoint is of step {saved}. Lower the learning rate or look at the {whose}: {shown}"
     )
 
 
-def _step_seed(seed: int, step: int) -> int:
-    """A seed of its own for each step's dropout, so that a checkpoint needs no generator's state."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=7).digest())
+# ---- the end
 
 
-def _key(run: dict[str, Any]) -> str:
-    """Of all that the weights of each step depend on, the place aside."""
-    inputs = [run[name] for name in INPUTS]
-    return hashlib.sha256(json.dumps([inputs, run["plan"]["digest"]], sort_keys=True).encode()).hexdigest()
+def _result(settings: Training) -> str:
+    return "model" if settings.lora is None else "adapter"
 
 
-def _complete(out: Path, run: dict[str, Any]) -> dict[str, Any]:
+def _export(stage: Stage, tokenizer: PreTrainedTokenizerBase, model: Path, folder: Path) -> None:
+    """The weights as they are now: an adapter, or the whole model with its tokenizer."""
+    with stage.spread.whole():
+        if not stage.spread.here.main:
+            return
+        if stage.settings.lora is not None:
+            save_adapter(stage.policy, folder, stage.settings.lora, str(model))
+            return
+        with whole_folder(folder) as temporary:
+            stage.policy.set_attn_implementation("sdpa")
+            stage.policy.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+
+
+def _export_best(run: _Run, best: Best | None, tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
+    """The weights that did best on the held-out rows, in `best/`."""
+    found = read_best(run.stage.out / "checkpoints" / "best", best, log.warning)
+    if found is not None:
+        _put(run.stage, found)
+        _export(run.stage, tokenizer, model, run.stage.out / "best")
+
+
+def _complete(out: Path, run: dict[str, Any], view: Outlook, best: Best | None) -> dict[str, Any]:
     """Writes run.json for good, the marker of a finished stage."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds = sum(line["seconds"] for line in lines)
+    rate = sum(line["tokens"] for line in lines) / seconds
     result = "model" if run["settings"]["lora"] is None else "adapter"
     whole = run | {
         "status": "complete",
         "result": result,
         "result_digest": folder_digest(out / result),
         "loss": lines[-1]["loss"],
+        "best": best,
         "seconds": round(seconds, 3),
-        "tokens_per_s": round(sum(line["tokens"] for line in lines) / seconds, 1),
+        "tokens_per_s": round(rate, 1),
+        "roofline_share": round(view.roofline.share(rate), 6),
+        "roofline_formula": view.roofline.formula,
+        "memory": max(line["memory"] for line in lines),
     }
     write_json(out / "run.json", whole)
     return read_json(out / "run.json")

@@ -1,4 +1,4 @@
-"""What a training stage keeps on disk besides weights: run.json's inputs, metrics, the reference, losses by row."""
+"""What a training stage keeps on disk besides weights: run.json's inputs, metrics, losses by row."""
 
 import hashlib
 import json
@@ -9,26 +9,32 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..curation.folder import HouseError, read_json, whole_file, write_parquet
-from .data import Objective, Plan
+from .checkpoint import check_version, version
+from .data import Family, Objective, Plan
 from .digests import model_digest
+from .objectives import Loss
 from .settings import Training
 
-INPUTS = ("objective", "data_digest", "model_digest", "adapter_digest", "settings")
+INPUTS = ("objective", "loss_function", "data_digest", "model_digest", "adapter_digest", "settings")
+FREE = ("checkpointing", "offload", "parallel", "track", "keep_checkpoints")
+"""Settings that may change while a stage is continued: its steps stay what they are."""
+GAINS: dict[str, str] = {"pairs": "margin", "lists": "margin", "unpaired": "reward"}
 
 
 def run_inputs(
-    objective: Objective, data: Path, model: Path, adapter: Path | None, settings: Training
+    objective: Objective, loss: Loss, data: Path, model: Path, adapter: Path | None, settings: Training
 ) -> dict[str, Any]:
     """All that a stage's result depends on besides the place, as JSON holds it; and where it was read."""
     manifest = data / "manifest.json"
     if not manifest.is_file():
         raise HouseError(f"{data} holds no manifest.json: not a curated set, or curation did not finish there")
     return {
+        **version(),
         "objective": objective,
+        "loss_function": {"name": loss.name, **loss.options},
         "data": str(data),
         "data_digest": hashlib.sha256(manifest.read_bytes()).hexdigest(),
         "model": str(model),
@@ -37,6 +43,16 @@ def run_inputs(
         "adapter_digest": None if adapter is None else folder_digest(adapter),
         "settings": json.loads(json.dumps(asdict(settings))),
     }
+
+
+def run_key(run: Mapping[str, Any]) -> str:
+    """Of all that the weights of each step depend on, the place aside."""
+    inputs = [_bound(run[name]) for name in INPUTS]
+    return hashlib.sha256(json.dumps([inputs, run["plan"]["digest"]], sort_keys=True).encode()).hexdigest()
+
+
+def _bound(value: Any) -> Any:
+    return {key: value[key] for key in value if key not in FREE} if isinstance(value, dict) else value
 
 
 def folder_digest(folder: Path) -> str:
@@ -56,7 +72,8 @@ def begun(out: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     past = read_json(path)
-    differing = [text for key in INPUTS for text in _differences(key, past.get(key), inputs[key])]
+    check_version(path, past)
+    differing = [text for key in INPUTS for text in _differences(key, _bound(past.get(key)), _bound(inputs[key]))]
     if differing:
         raise HouseError(f"{out} holds a run of other inputs: {'; '.join(differing)}. Choose another folder")
     return past
@@ -79,45 +96,32 @@ def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def read_reference(path: Path, key: str) -> NDArray[np.float32] | None:
-    """(U, 2) stored log-probabilities of chosen and rejected, or None where none of this key are stored."""
-    if not path.is_file() or (pq.read_schema(path).metadata or {}).get(b"key") != key.encode():
-        return None
-    table = pq.read_table(path)
-    return np.stack([table[name].to_numpy() for name in ("chosen", "rejected")], 1)
+def write_row_losses(path: Path, family: Family, plan: Plan, values: NDArray[np.float32], step: Any) -> None:
+    """One row for each trained row, as its last epoch saw it: row_id, epoch, step, loss, tokens (targets of all its
+    answers), mean_prob (the mean probability of a target token) and, where there is one, what the answer gained on the
+    reference: margin (pairs, lists: of the best answer over the worst) or reward (unpaired).
 
-
-def write_reference(path: Path, key: str, plan: Plan, logps: NDArray[np.float32]) -> None:
-    columns = {"row_id": pa.array(plan.units.row_ids, pa.string()), "chosen": logps[:, 0], "rejected": logps[:, 1]}
-    write_parquet(path, pa.table(columns).replace_schema_metadata({"key": key}))
-
-
-def write_row_losses(path: Path, objective: Objective, plan: Plan, values: NDArray[np.float32], step: Any) -> None:
-    """One row for each trained row, as its last epoch saw it: row_id, epoch, step, loss, tokens (targets), and
-    mean_prob (SFT: mean probability of a target token) or margin (DPO).
-
-    values: (2, U) what `loop.pack_loss` gives of each unit; step: (U,) the step, from 1, that gave it, 0 for none.
+    The loss is per target token (tokens), pair, row or list; all rows of a list have that of their list. values: (3, U)
+    stage.VALUES of each unit; step: (U,) the step, from 1, that gave them, 0 for none.
     """
     units, seen = plan.units, np.flatnonzero(step)
+    row_ids, places = units.rows_of(seen)
+    seen = seen[places]
     epochs = np.asarray([0, *(epoch + 1 for epoch, _ in plan.steps)])
+    sums = ("loss", "gain", "prob", "weight", "tokens")
+    numbers = (*values[:, seen].astype(np.float64), units.weights[seen], units.targets[seen])
     table = pa.table(
         {
-            "row_id": pa.array(units.row_ids, pa.string()).take(pa.array(seen)),
+            "row_id": pa.array(row_ids, pa.string()),
             "epoch": pa.array(epochs[step[seen]], pa.int32()),
             "step": pa.array(step[seen], pa.int32()),
-            "first": values[0, seen].astype(np.float64),
-            "second": values[1, seen].astype(np.float64),
-            "weight": units.weights[seen],
-            "tokens": units.targets[seen],
+            **dict(zip(sums, numbers, strict=True)),
         }
     )
-    sums = table.group_by("row_id", use_threads=False).aggregate(
-        [("epoch", "max"), ("step", "max"), *((name, "sum") for name in ("first", "second", "weight", "tokens"))]
+    found = table.group_by("row_id", use_threads=False).aggregate(
+        [("epoch", "max"), ("step", "max"), *((name, "sum") for name in sums)]
     )
-    first, second, weight, tokens = (sums[f"{name}_sum"].to_numpy() for name in ("first", "second", "weight", "tokens"))
-    losses = {"row_id": sums["row_id"], "epoch": sums["epoch_max"], "step": sums["step_max"]}
-    if objective == "sft":
-        losses |= {"loss": first / weight, "tokens": tokens, "mean_prob": second / tokens}
-    else:
-        losses |= {"loss": first, "tokens": tokens, "margin": second}
-    write_parquet(path, pa.table(losses))
+    loss, gain, prob, weight, tokens = (found[f"{name}_sum"].to_numpy() for name in sums)
+    losses = {"row_id": found["row_id"], "epoch": found["epoch_max"], "step": found["step_max"]}
+    losses |= {"loss": loss / weight if family == "tokens" else loss, "tokens": tokens, "mean_prob": prob / tokens}
+    write_parquet(path, pa.table(losses | ({GAINS[family]: gain} if family in GAINS else {})))

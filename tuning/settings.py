@@ -1,6 +1,8 @@
 """Settings of models and training runs: plain values that a recipe holds. Imports nothing heavy."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 
@@ -44,32 +46,76 @@ class Lora:
     init: Literal["kaiming", "gaussian"] = "kaiming"
 
 
+Option = bool | int | float | str  # as a recipe reads them: the first that fits
+Loss = str | Mapping[str, Mapping[str, Option]]
+
+
 @dataclass(frozen=True)
 class Training:
     """One training stage.
 
-    lora: None tunes all weights. capacity: tokens of one pack; packs_per_step: packs of one optimizer step over all
-    accumulation; the loss is averaged over the step's target tokens (SFT) or pairs (DPO). learning_rate rises linearly
-    over warmup (a share of all steps) and falls linearly to zero. max_grad_norm clips the global norm. overlong: what
-    to do with rows longer than `capacity` tokens: refuse to start, drop them, or cut the prompt's head. beta: DPO's
-    temperature (arXiv 2305.18290). dtype: of the computation; auto is bf16 where the device computes it natively, else
-    fp32. checkpoint_every: optimizer steps between checkpoints. threads: torch's threads on a CPU (0: torch's default).
+    loss: a name (`gristmill losses` lists them), a name with options ({ipo: {beta: 0.2}}), or the dotted path of a
+    function of your own; None: sft, dpo or kto, as the stage is called. lora: None tunes all weights.
+
+    capacity: tokens of one pack; packs_per_step: packs of one optimizer step over all accumulation and all processes;
+    the loss is averaged over the step's target tokens (SFT), pairs, rows or lists. overlong: what to do with rows
+    longer than `capacity` tokens: refuse to start, drop them, or cut the prompt's head.
+
+    optimizer: AdamW, or Lion (arXiv 2302.06675), which wants a third to a tenth of AdamW's rate. learning_rate rises
+    linearly over warmup (a share of all steps) and then follows the schedule: linear or cosine to zero, constant, or
+    wsd: constant, then linear to zero over the last `decay` of all steps. max_grad_norm clips the global norm.
+
+    dtype: of the frozen weights and the computation; auto is bf16 where the device computes it natively, else fp32;
+    adapters are fp32 always. checkpointing: activation checkpointing of no layer, of all layers, or of the first so
+    many; offload: keeps what it saves in the computer's memory instead of the GPU's. parallel: with torchrun, whether
+    each process holds the whole model (ddp) or a share of it (fsdp).
+
+    SFT only: neftune_alpha: noise on embeddings (arXiv 2310.05914); masked_thought: share of answer tokens hidden as
+    inputs (arXiv 2403.02178). (Tasks that weigh the same are a loss: mft.)
+
+    checkpoint_every: optimizer steps between checkpoints. evaluate_every: optimizer steps between measurements on the
+    held-out rows (0: none); the weights that did best there are kept in `best/` beside the last ones. track: where
+    metrics go besides metrics.jsonl. threads: torch's threads on a CPU (0: torch's default).
     """
 
     epochs: float = 1.0
     max_steps: int = 0  # 0: as the epochs say
+    loss: Loss | None = None
+    optimizer: Literal["adamw", "lion"] = "adamw"
     learning_rate: float = 2e-4
     warmup: float = 0.03
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    decay: float = 0.2
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     capacity: int = 1024
     packs_per_step: int = 8
     lora: Lora | None = Lora()
     overlong: Literal["refuse", "drop", "truncate_prompt"] = "refuse"
-    beta: float = 0.1
+    neftune_alpha: float = 0.0
+    masked_thought: float = 0.0
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpointing: Literal["none", "layers"] | int = "none"
+    offload: bool = False
+    compile: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    evaluate_every: int = 0
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
+    track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     threads: int = 0
     deterministic: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} is from {low:g} to {high:g}, not {value}")
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("warmup", 0, 1), ("decay", 0, 1), ("learning_rate", 0, inf), ("weight_decay", 0, inf), ("max_grad_norm", 0, inf),
+    ("capacity", 2, inf), ("packs_per_step", 1, inf), ("neftune_alpha", 0, inf), ("masked_thought", 0, 1),
+    ("evaluate_every", 0, inf), ("checkpoint_every", 1, inf), ("max_steps", 0, inf), ("epochs", 0, inf),
+)  # fmt: skip
