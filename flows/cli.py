@@ -160,6 +160,24 @@ def _train(
 
 
 @app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A training stage's folder (OUT/sft), an adapter, or a model.")],
+    *,
+    to: Annotated[Path, typer.Option(help="The new folder.")],
+    kind: Annotated[
+        str, typer.Option("--as", help="adapter (PEFT), merged (one model), or nf4 (merged, 4-bit as bitsandbytes').")
+    ] = "merged",
+    model: Annotated[str | None, typer.Option(help="The base. Default: the one that the run or adapter names.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of merged weights: auto (the base's), bf16, fp16, fp32.")] = "auto",
+) -> None:
+    """Write what was trained as files that PEFT, transformers and vLLM load, its logits compared first."""
+    from .exporting import export_command
+    from .progress import Terminal
+
+    export_command(source, to, kind, model, dtype, Terminal())
+
+
+@app.command()
 def funnel(folder: FOLDER) -> None:
     """Came -> kept at every step of every set, with the reasons."""
     from ..curation.look import print_funnel

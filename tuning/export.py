@@ -9,6 +9,7 @@ only when its logits have been compared with those of the trained model.
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def read_updates(folder: Path) -> dict[str, Update]:
             raise HouseError(f"{folder} holds no {name}: not a PEFT adapter, or its training did not finish")
     config = read_json(folder / "adapter_config.json")
     plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None}
-    plain |= {"rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None, "lora_bias": False}
+    plain |= {"layer_replication": None, "lora_bias": False, "target_parameters": None}
     if odd := [f"{key}={config[key]!r}" for key, value in plain.items() if (config.get(key) or value) != value]:
         raise HouseError(f"{folder / 'adapter_config.json'}: cannot merge an adapter with {', '.join(odd)}")
     halves: dict[str, dict[str, Tensor]] = {}
@@ -120,9 +121,13 @@ def read_updates(folder: Path) -> dict[str, Update]:
         halves.setdefault(name, {})[letter] = tensor
     if wrong := [name for name, half in halves.items() if set(half) != {"A", "B"}]:
         raise HouseError(f"{folder}: {wrong[0]} has no whole update (lora_A and lora_B)")
-    rank = int(config["r"])
-    scale = float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return {name: Update(half["A"], half["B"], scale) for name, half in halves.items()}
+    return {name: Update(half["A"], half["B"], _scale(config, name, len(half["A"]))) for name, half in halves.items()}
+
+
+def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
+    patterns = (config.get("alpha_pattern") or {}).items()
+    alpha = next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", name)), config["lora_alpha"])
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _dtype(parents: Parents, dtype: str) -> torch.dtype:
