@@ -27,12 +27,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gristmill.curation.benchmark_sets import EvaluationSet, items
 from gristmill.curation.folder import write_parquet
 from gristmill.curation.judges.decontaminate import Decontaminate
 from gristmill.curation.reading.source import Source, iter_rows
 from gristmill.curation.rows import PART_ROWS, digest, message, table
-from gristmill.curation.text import view, words
+from gristmill.curation.text.benchmark_sets import EvaluationSet, items
+from gristmill.curation.text.view import view, words
 
 TRAINING = ("alpaca_raw_partial", "dolly_sample2000", "codealpaca_2k")
 AGAINST = ("gsm8k_test", "humaneval164", "mbpp974", "ifeval541", "math500")
@@ -146,7 +146,7 @@ class Corpus:
 
 
 def ours(scratch: Path, data: Path, repeats: int) -> dict[str, Any]:
-    from gristmill.curation.overlap import read_index
+    from gristmill.curation.text.overlap import read_index
 
     corpus: Any = Corpus(scratch)
     judge, seconds, worked = Decontaminate(sets(data)), [], []

@@ -39,7 +39,7 @@ import pyarrow.parquet as pq
 from gristmill.curation.folder import write_parquet
 from gristmill.curation.judges.duplicates import NearDuplicate
 from gristmill.curation.rows import PART_ROWS, ROW, digest, message, table
-from gristmill.curation.text import view, words
+from gristmill.curation.text.view import view, words
 
 # data set -> (columns of the prompt, columns of the answer)
 SOURCES = {

@@ -29,7 +29,7 @@ import pyarrow as pa
 from gristmill.curation.reading.source import Source, iter_rows
 from gristmill.curation.rows import PART_ROWS, table
 from gristmill.curation.steps import find_steps
-from gristmill.curation.text import view
+from gristmill.curation.text.view import view
 
 SETS = ("alpaca_raw_partial", "alpaca_gpt4_partial", "dolly_sample2000", "flan_cot", "gsm8k_train",
         "codealpaca_new4535", "gpteacher_roleplay", "hh_rlhf_harmless_test", "ultrafeedback_sample1000")  # fmt: skip

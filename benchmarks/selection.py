@@ -26,15 +26,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from gristmill.curation.duplicates.shingles import processors
 from gristmill.curation.judges.deita import Deita
 from gristmill.curation.judges.facility_location import FacilityLocation
 from gristmill.curation.judges.k_center import KCenter
 from gristmill.curation.judges.kmeans_quality import KMeansQuality
 from gristmill.curation.judges.optimal_transport import GotD
 from gristmill.curation.judges.random_sample import RandomSample
-from gristmill.curation.kmeans import kmeans
 from gristmill.curation.measures.length import Length
-from gristmill.curation.shingles import processors
+from gristmill.curation.selecting.kmeans import kmeans
 
 TARGETS = {
     "kmq": 20.0,

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from .folder import HouseError, RunFolder, read_json, read_parquet, write_json, write_parquet
 from .judging import KEPT, VALUES
 from .ledger import Mask, State, StepRecord, passages, read_verdicts, records, source_parts, step_folders
-from .selection import Hashes, hashes, quotas, row_keys
-from .spans import Ints
+from .selecting.selection import Hashes, hashes, quotas, row_keys
+from .text.spans import Ints
 
 Label = Literal["good", "bad", "unsure"]
 Reals = npt.NDArray[np.float64]

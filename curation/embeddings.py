@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from .folder import HouseError
 from .measures.embedding import Embedding
 from .steps import Corpus
-from .text import VIEW_COLUMNS, View, view
+from .text.view import VIEW_COLUMNS, View, view
 
 FIT_ROWS = 20_000  # beyond it more rows move the leading directions little and cost time
 

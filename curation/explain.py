@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .text import pair_of, words
+from .text.view import pair_of, words
 
 MOST_WORDS = 120  # of each side that are shown
 TWINS = {"duplicate_of": "the row that stays", "held_out": "the row that is held out"}  # evidence that names a row

@@ -19,7 +19,7 @@ from rich.tree import Tree
 
 from .explain import TWINS, pictures
 from .folder import HouseError, RunFolder
-from .text import prompt_of, response_of
+from .text.view import prompt_of, response_of
 from .views import Json, connect, query, sets, sources, steps
 
 ROW_ID = re.compile(r"[0-9a-f]{32}")

@@ -55,7 +55,7 @@ from .overrides import Overrides, apply_overrides
 from .pool import INLINE, Pool
 from .rows import PART_GROUP, ROW, digest
 from .steps import CorpusJudge, Maker, RowJudge, Tools, brief, verdicts
-from .text import prompt_of
+from .text.view import prompt_of
 
 AnyStep = RowJudge | CorpusJudge | Maker | Overrides
 FAULT = pa.schema(

@@ -35,7 +35,7 @@ from ..curation.ledger import StepRecord
 from ..curation.look import plain, rows_of, wide_console
 from ..curation.overrides import add_override
 from ..curation.release import with_audits
-from ..curation.text import prompt_of, response_of
+from ..curation.text.view import prompt_of, response_of
 from ..curation.views import connect
 
 KEYS: dict[str, Label] = {"g": "good", "b": "bad", "u": "unsure"}

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..steps import Unmeasured
-from ..text import VIEW_COLUMNS, View
+from ..text.view import VIEW_COLUMNS, View
 
 _CITATION = r"\[\d*\]|\[edit\]|\[citation needed\]"
 _BOILERPLATE = (
@@ -41,8 +41,8 @@ class C4Quality(Unmeasured):
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""
         from ..flags import flagged
-        from ..texts import matching, texts
-        from ..webtext import sentences
+        from ..text.texts import matching, texts
+        from ..text.webtext import sentences
 
         said = texts(rows, self.view)
         fates: dict[int, tuple[str, dict[str, Any] | None]] = {}

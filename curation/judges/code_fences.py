@@ -27,7 +27,7 @@ class CodeFences(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""
-        from ..texts import at, matching, texts
+        from ..text.texts import at, matching, texts
 
         said = texts(rows, "response")
         look = np.flatnonzero(matching(said, "```|~~~"))

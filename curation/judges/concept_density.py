@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from ..embeddings import embedding_needs, vectors
 from ..folder import HouseError
-from ..selection import (
+from ..selecting.selection import (
     Budgeted,
     Unit,
     all_kept,
@@ -23,7 +23,7 @@ from ..selection import (
     spend_in_groups,
 )
 from ..steps import Corpus, Measure
-from ..text import View
+from ..text.view import View
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class DensityBasedPruning(Budgeted):
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
-        from ..kmeans import kmeans
+        from ..selecting.kmeans import kmeans
 
         rows = pool(corpus, self.unit, self.tokens)
         whole = all_kept(self, rows, self.budget, self.unit)

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..duplicates.survivors import json_column
 from ..folder import HouseError
 from ..steps import VERDICT, Corpus, Measure
-from ..survivors import json_column
 
 
 @dataclass(frozen=True)

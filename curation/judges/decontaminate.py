@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..benchmark_sets import BRIEF, EvaluationSet, resolved, sets_digest
 from ..folder import HouseError, read_json, write_json, write_parquet
-from ..spans import Ints
 from ..steps import VERDICT, Corpus, Unmeasured
-from ..text import VIEW_COLUMNS, View
+from ..text.benchmark_sets import BRIEF, EvaluationSet, resolved, sets_digest
+from ..text.spans import Ints
+from ..text.view import VIEW_COLUMNS, View
 
 if TYPE_CHECKING:
-    from ..overlap import Best, Index, Tops
+    from ..text.overlap import Best, Index, Tops
 
 Bools = npt.NDArray[np.bool_]
 SHOWN_WORDS = 200  # of the matched text, in the evidence
@@ -84,7 +84,7 @@ class Decontaminate(Unmeasured):
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows; a HouseError where an evaluation set cannot be read whole."""
-        from ..overlap import Tops, read_index
+        from ..text.overlap import Tops, read_index
 
         sets = resolved(self.against, self.sets or {})
         if not sets:
@@ -207,8 +207,8 @@ def _matches(
     index: "Index", batch: pa.RecordBatch, view: View, sources: list[str], tops: "Tops | None", before: int
 ) -> pa.Table:
     """What the rows of a batch that share an n-gram with an item have of it (schema MATCHES)."""
-    from ..overlap import NOTHING, best
-    from ..spans import spans
+    from ..text.overlap import NOTHING, best
+    from ..text.spans import spans
 
     of = None if tops is None else pc.index_in(batch["source"], pa.array(sources)).to_numpy().astype(np.int64)
     found = best(index, spans(batch, view), of, tops)
@@ -222,8 +222,8 @@ def _matches(
 
 
 def _best(found: "Best", rows: Ints, batch: pa.RecordBatch, view: View) -> list[Any]:
-    from ..overlap import passages
-    from ..texts import texts
+    from ..text.overlap import passages
+    from ..text.texts import texts
 
     said = texts(batch, view)
     columns: list[Any] = []

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from ..arithmetic import wrong_arithmetic
 from ..flags import flagged
 from ..steps import Unmeasured
+from ..text.arithmetic import wrong_arithmetic
 from .requests import MEDIA, absent_code, attached_content, known_classes, may_ask, request, url_content
 
 _NO = r"no[ _-]?(?:in|out)puts?e?"
@@ -130,8 +130,8 @@ class Defects(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""
-        from ..equations import checkable
-        from ..texts import VISIBLE, at, matching, texts
+        from ..text.equations import checkable
+        from ..text.texts import VISIBLE, at, matching, texts
 
         prompts, responses = texts(rows, "prompt"), texts(rows, "response")
         escapes = (_LOOK_ESCAPE,) if "literal_escapes" in self.classes else ()

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from ..embeddings import embedding_needs, vectors
 from ..folder import HouseError
-from ..selection import (
+from ..selecting.selection import (
     Budgeted,
     Unit,
     all_kept,
@@ -27,7 +27,7 @@ from ..selection import (
     value_name,
 )
 from ..steps import Corpus, Measure
-from ..text import View
+from ..text.view import View
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Deita(Budgeted):
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
-        from ..coresets import diverse
+        from ..selecting.coresets import diverse
 
         first, *others = (value_name(self.needs, *read) for read in self.read)
         rows = pool(corpus, self.unit, self.tokens, first, self.needs)

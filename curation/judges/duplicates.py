@@ -11,15 +11,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..duplicates.survivors import PLACE, Places, Rule, Survivor, drops, json_column, row_ids
 from ..folder import HouseError
 from ..steps import Corpus, Measure, Unmeasured
-from ..survivors import PLACE, Places, Rule, Survivor, drops, json_column, row_ids
-from ..text import VIEW_COLUMNS
+from ..text.view import VIEW_COLUMNS
 
 if TYPE_CHECKING:
-    from ..duplicate_groups import Decision, Said
-    from ..duplicate_index import Index
-    from ..spans import Ints
+    from ..duplicates.groups import Decision, Said
+    from ..duplicates.index import Index
+    from ..text.spans import Ints
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class ExactDuplicate(Unmeasured):
         return () if self.of is None else (self.of,)
 
     def judge(self, corpus: Corpus) -> pa.Table:
-        from ..normal_digests import said_digests
+        from ..duplicates.normal_digests import said_digests
 
         places = Places()
         said, lengths, keys = said_digests(_seen(corpus, places), self.view, self.turn_bytes)
         index = _index(self, corpus)
         if index is not None:
-            from ..duplicate_index import equal
+            from ..duplicates.index import equal
 
             earlier, near = equal(index, keys)
             said = replace(said, earlier=earlier, earlier_near=near)
@@ -175,9 +175,9 @@ class NearDuplicate(Unmeasured):
         return None, self.threshold
 
     def judge(self, corpus: Corpus) -> pa.Table:
-        from ..duplicate_groups import Said
-        from ..minhash import near_pairs
-        from ..shingles import shingle_sets
+        from ..duplicates.groups import Said
+        from ..duplicates.minhash import near_pairs
+        from ..duplicates.shingles import shingle_sets
 
         places = Places()
         shingles = shingle_sets(
@@ -192,8 +192,8 @@ class NearDuplicate(Unmeasured):
         said = Said(len(places), pairs, shingles.row)
         if index is None:
             return _judged(self, corpus, said, lengths, places)
-        from ..duplicate_index import nearest, shingle_pieces
-        from ..minhash import band_keys
+        from ..duplicates.index import nearest, shingle_pieces
+        from ..duplicates.minhash import band_keys
 
         how = (bands, width, self.seed, corpus.scratch)
         earlier, near = nearest(index, shingles, said.first(), self._floor(), *how)
@@ -218,7 +218,7 @@ class NearDuplicate(Unmeasured):
         return float(lowest) if self.floor is None else self.floor
 
     def _bands(self) -> tuple[int, int]:
-        from ..minhash import banding
+        from ..duplicates.minhash import banding
 
         if self.bands is None or self.rows_per_band is None:
             return banding(self._floor())
@@ -253,7 +253,7 @@ Judge = ExactDuplicate | NearDuplicate
 
 
 def _index(step: Judge, corpus: Corpus) -> "Index | None":
-    from ..duplicate_index import open_index
+    from ..duplicates.index import open_index
 
     if step.index is None:
         return None
@@ -270,7 +270,7 @@ def _kept_texts(said: "Said", verdicts: pa.Table) -> "tuple[Ints, Ints]":
 
 def _extend(corpus: Corpus, index: "Index", said: "Said", units: "Ints", arrays: Any) -> None:
     """Adds the rows that stay to the index, unless the corpus is of no run (a preview)."""
-    from ..duplicate_index import extend
+    from ..duplicates.index import extend
 
     home = getattr(corpus, "home", None)
     if home is not None:
@@ -306,7 +306,7 @@ def _judged(
     step: Judge, corpus: Corpus, said: "Said", lengths: "Ints", places: Places, index: "Index | None" = None
 ) -> pa.Table:
     """Keeps what was measured, and decides."""
-    from ..duplicate_files import write_said
+    from ..duplicates.files import write_said
 
     values = _values(step, corpus)
     write_said(corpus.kept, json.dumps(step._settings()), said, lengths, values, _measure(step))
@@ -316,7 +316,7 @@ def _judged(
 
 
 def _rejudged(step: Judge, corpus: Corpus, kept: Path, came: npt.NDArray[np.bool_]) -> pa.Table | None:
-    from ..duplicate_files import read_said
+    from ..duplicates.files import read_said
 
     if step.index is not None:  # it must be asked anew, and extended
         return None
@@ -349,7 +349,7 @@ def _decided(
     places: Places,
     index: "Index | None" = None,
 ) -> pa.Table | None:
-    from ..duplicate_groups import decided
+    from ..duplicates.groups import decided
 
     some = said.only(came)
     if some is None:
@@ -374,7 +374,7 @@ def _values(step: Judge, corpus: Corpus) -> npt.NDArray[np.float64] | None:
 
 def _seen(corpus: Corpus, places: Places) -> Iterator[pa.Table]:
     """The corpus part by part, its places noted; the next part is read while one is worked on."""
-    from ..shingles import ahead
+    from ..duplicates.shingles import ahead
 
     for rows in ahead(corpus.tables([*PLACE, *VIEW_COLUMNS])):
         places.add(rows)

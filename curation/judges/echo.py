@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from ..flags import flagged
 from ..steps import Unmeasured
-from ..text import normal, words
+from ..text.view import normal, words
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Echo(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""
-        from ..echoes import same_end
-        from ..texts import at, texts
+        from ..text.echoes import same_end
+        from ..text.texts import at, texts
 
         prompts, responses = texts(rows, "prompt"), texts(rows, "response")
         look = np.flatnonzero(same_end(prompts, responses))

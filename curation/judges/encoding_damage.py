@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from ..folder import HouseError
 from ..steps import Unmeasured
-from ..text import VIEW_COLUMNS
+from ..text.view import VIEW_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class EncodingDamage(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""
-        from ..contents import said
-        from ..encoding import damage, suspicious
         from ..flags import flagged
         from ..steps import VERDICT
-        from ..texts import matching
+        from ..text.contents import said
+        from ..text.encoding import damage, suspicious
+        from ..text.texts import matching
 
         damaged, size = np.zeros(rows.num_rows, np.int64), np.zeros(rows.num_rows, np.int64)
         first: dict[int, Mapping[str, Any]] = {}

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from ..flags import flagged
 from ..steps import Unmeasured
-from ..text import VIEW_COLUMNS, normal
+from ..text.view import VIEW_COLUMNS, normal
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class EqualAnswers(Unmeasured):
 
 def _alike(batch: pa.RecordBatch) -> Any:
     """Rows whose two answers have contents of one normal form: what `_equal` has to look at."""
-    from ..normal_digests import normal_digests
+    from ..duplicates.normal_digests import normal_digests
 
     both = (batch["chosen"].is_valid().to_numpy(False) & batch["rejected"].is_valid().to_numpy(False)).nonzero()[0]
     if not len(both):

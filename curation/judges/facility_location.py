@@ -7,9 +7,21 @@ import pyarrow as pa
 
 from ..embeddings import embedding_needs, vectors
 from ..folder import HouseError
-from ..selection import Budgeted, Unit, all_kept, check_budget, cost_of, paid, picked, pool, reads, row_ids, shuffled
+from ..selecting.selection import (
+    Budgeted,
+    Unit,
+    all_kept,
+    check_budget,
+    cost_of,
+    paid,
+    picked,
+    pool,
+    reads,
+    row_ids,
+    shuffled,
+)
 from ..steps import Corpus, Measure
-from ..text import View
+from ..text.view import View
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class FacilityLocation(Budgeted):
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
-        from ..coresets import facility_location
+        from ..selecting.coresets import facility_location
 
         rows = pool(corpus, self.unit, self.tokens)
         everything = all_kept(self, rows, self.budget, self.unit)

@@ -9,7 +9,7 @@ import pyarrow as pa
 from ..flags import flagged
 from ..rows import digest
 from ..steps import Unmeasured, verdicts
-from ..text import VIEW_COLUMNS, contents, normal
+from ..text.view import VIEW_COLUMNS, contents, normal
 
 READ = (*VIEW_COLUMNS, "label")
 ROLES = {"system", "developer", "user", "assistant", "tool"}
@@ -69,7 +69,7 @@ class HeldOut(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Drops held-out rows with reason held_out."""
-        from ..texts import texts
+        from ..text.texts import texts
 
         prompts = texts(rows, "prompt").to_pylist()
         drawn = [index for index, prompt in enumerate(prompts) if is_held_out(prompt, self.share)]

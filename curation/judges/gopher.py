@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..steps import Unmeasured
-from ..text import VIEW_COLUMNS, View
+from ..text.view import VIEW_COLUMNS, View
 
 _Rule = tuple[str, np.ndarray, float, bool]  # reason, values, limit, whether it is the highest that is kept
 
@@ -43,8 +43,8 @@ class GopherQuality(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""
-        from ..texts import texts
-        from ..webtext import quality
+        from ..text.texts import texts
+        from ..text.webtext import quality
 
         n = quality(texts(rows, self.view))
         words, lines = np.maximum(n["words"], 1), np.maximum(n["lines"], 1)
@@ -93,8 +93,8 @@ class GopherRepetition(Unmeasured):
         """Verdicts, aligned with `rows`."""
         import pyarrow.compute as pc
 
-        from ..texts import texts
-        from ..webtext import repetition
+        from ..text.texts import texts
+        from ..text.webtext import repetition
 
         said = texts(rows, self.view)
         n = repetition(said)

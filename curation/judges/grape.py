@@ -9,11 +9,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..duplicates.survivors import json_column
 from ..measures.perplexity import ResponsePerplexity
 from ..rows import digest
 from ..steps import VERDICT, Corpus, Measure
-from ..survivors import json_column
-from ..text import VIEW_COLUMNS
+from ..text.view import VIEW_COLUMNS
 
 NOT_SCORABLE, NOT_BEST = "not_scorable", "not_best_fit"
 
@@ -65,7 +65,7 @@ class Grape:
 def _instructions(rows: pa.RecordBatch, by: str) -> npt.NDArray[np.uint64]:
     """(rows, 2) digest of what each row is grouped by; rows that name no instruction have one of their own."""
     if by == "prompt":
-        from ..normal_digests import normal_digests
+        from ..duplicates.normal_digests import normal_digests
 
         keys, empty, _ = normal_digests(rows, "prompt")
         named = ~empty

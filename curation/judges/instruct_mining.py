@@ -10,7 +10,7 @@ import pyarrow as pa
 from ..embeddings import embedding_needs, vectors
 from ..folder import HouseError
 from ..measures.indicators import Indicators
-from ..selection import canonical, descending, hashes, numbers, pool, ranks, reads, selected, spend
+from ..selecting.selection import canonical, descending, hashes, numbers, pool, ranks, reads, selected, spend
 from ..steps import Corpus, Measure
 
 _KNN = re.compile(r"knn_([1-9]\d*)")
@@ -84,7 +84,7 @@ class InstructMining:
         near = _KNN.fullmatch(name)
         if near is None:
             return numbers(corpus, name)
-        from ..loss_rule import neighbour_distance
+        from ..selecting.loss_rule import neighbour_distance
 
         found = np.empty(len(order))
         found[order] = neighbour_distance(

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ..embeddings import vectors
 from ..folder import HouseError
 from ..keys import Found
-from ..selection import (
+from ..selecting.selection import (
     Bools,
     Budgeted,
     Pool,
@@ -34,11 +34,11 @@ from ..selection import (
     value_name,
 )
 from ..steps import Corpus, Measure
-from ..text import View
+from ..text.view import View
 from .kmeans_quality import KMeansQuality, clusters
 
 if TYPE_CHECKING:
-    from ..spans import Ints
+    from ..text.spans import Ints
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,21 @@ import numpy as np
 import pyarrow as pa
 
 from ..embeddings import embedding_needs, vectors
-from ..selection import Budgeted, Unit, all_kept, check_budget, cost_of, paid, picked, pool, reads, row_ids, shuffled
+from ..selecting.selection import (
+    Budgeted,
+    Unit,
+    all_kept,
+    check_budget,
+    cost_of,
+    paid,
+    picked,
+    pool,
+    reads,
+    row_ids,
+    shuffled,
+)
 from ..steps import Corpus, Measure
-from ..text import View
+from ..text.view import View
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class KCenter(Budgeted):
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
-        from ..coresets import farthest_first
+        from ..selecting.coresets import farthest_first
 
         rows = pool(corpus, self.unit, self.tokens)
         everything = all_kept(self, rows, self.budget, self.unit)

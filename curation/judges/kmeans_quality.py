@@ -13,7 +13,7 @@ from ..embeddings import embedding_needs, vectors
 from ..folder import HouseError
 from ..measures.length import Length
 from ..measures.perplexity import ResponsePerplexity
-from ..selection import (
+from ..selecting.selection import (
     Bools,
     Budgeted,
     Pool,
@@ -36,10 +36,10 @@ from ..selection import (
     value_name,
 )
 from ..steps import Corpus, Measure
-from ..text import View
+from ..text.view import View
 
 if TYPE_CHECKING:
-    from ..spans import Ints
+    from ..text.spans import Ints
 
 CLUSTERED = "clusters.parquet"
 _LONG_TAILED = ("words", "chars", "turns", "tokens", "nll", "perplexity", "loss")  # endings of value columns
@@ -165,7 +165,7 @@ def standardised(values: Reals, name: str, prefer: Literal["high", "low"]) -> Re
 
 def clusters(found: npt.NDArray[np.float32], rows: Pool, k: int) -> "Ints":
     """Cluster of each row, numbered without gaps in the order of row_id. At most `k`."""
-    from ..kmeans import kmeans
+    from ..selecting.kmeans import kmeans
 
     order = canonical(rows.keys)
     labels = np.empty(len(order), np.int64)

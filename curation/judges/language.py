@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..duplicates.survivors import drops, json_column
 from ..folder import HouseError
 from ..measures.language import LABELS, Language
 from ..steps import Measure
-from ..survivors import drops, json_column
-from ..text import View
+from ..text.view import View
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..folder import HouseError
-from ..mixing import ablation_budget, groups, largest_budget, mixture_quotas, shares, subset
-from ..selection import Bools, Pool, Unit, check_budget, cost_of, paid, pool, ranks, selected, shuffled, spend_in_groups
-from ..spans import Ints
+from ..selecting.mixing import ablation_budget, groups, largest_budget, mixture_quotas, shares, subset
+from ..selecting.selection import (
+    Bools,
+    Pool,
+    Unit,
+    check_budget,
+    cost_of,
+    paid,
+    pool,
+    ranks,
+    selected,
+    shuffled,
+    spend_in_groups,
+)
 from ..steps import VERDICT, Corpus, Measure, Unmeasured
+from ..text.spans import Ints
 
 
 @dataclass(frozen=True)

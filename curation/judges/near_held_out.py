@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
+from ..duplicates.survivors import drops, json_column, row_ids
 from ..folder import HouseError
 from ..steps import Corpus, Unmeasured
-from ..survivors import drops, json_column, row_ids
-from ..text import VIEW_COLUMNS, View
+from ..text.view import VIEW_COLUMNS, View
 
 _VIEWS: tuple[View, ...] = ("pair", "prompt")
 GROUP_ROWS = 50_000  # training rows looked at together, at least
@@ -43,8 +43,8 @@ class NearHeldOut(Unmeasured):
         return None, self.threshold
 
     def judge(self, corpus: Corpus) -> pa.Table:
-        from ..minhash import banding, near_pairs_between
-        from ..shingles import shingle_sets
+        from ..duplicates.minhash import banding, near_pairs_between
+        from ..duplicates.shingles import shingle_sets
 
         held = list(corpus.held_out(VIEW_COLUMNS))
         nearest = np.full(corpus.rows, -1, np.int64)

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from ..embeddings import embedding_needs
 from ..folder import HouseError
-from ..selection import (
+from ..selecting.selection import (
     Budgeted,
     Unit,
     all_kept,
@@ -23,7 +23,7 @@ from ..selection import (
     spend,
 )
 from ..steps import Corpus, Measure
-from ..text import View
+from ..text.view import View
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class GotD(Budgeted):
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
-        from ..targets import pool_and_targets, target_texts
-        from ..transport import gradient, transport
+        from ..selecting.targets import pool_and_targets, target_texts
+        from ..selecting.transport import gradient, transport
 
         rows = pool(corpus, self.unit, self.tokens)
         said = target_texts(self.targets, self.view)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from ..selection import (
+from ..selecting.selection import (
     Budgeted,
     Unit,
     all_kept,

@@ -103,7 +103,7 @@ class Refusal(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`. A raw document is kept."""
-        from ..texts import at, matching, texts
+        from ..text.texts import at, matching, texts
 
         prompts, responses = texts(rows, "prompt"), texts(rows, "response")
         likely = matching(pc.utf8_slice_codeunits(responses, 0, _HEAD), _LOOK) & ~rows["text"].is_valid().to_numpy()
@@ -173,7 +173,7 @@ class Boilerplate(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""
-        from ..texts import at, matching, texts
+        from ..text.texts import at, matching, texts
 
         prompts, responses = texts(rows, "prompt"), texts(rows, "response")
         look = np.flatnonzero(matching(responses, _LOOK_BOILERPLATE) & ~rows["text"].is_valid().to_numpy())

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..folder import HouseError
-from ..selection import (
+from ..selecting.selection import (
     Budgeted,
     Hashes,
     Pool,
@@ -26,7 +26,7 @@ from ..selection import (
 from ..steps import Corpus, Measure
 
 if TYPE_CHECKING:
-    from ..spans import Ints
+    from ..text.spans import Ints
 
 
 @dataclass(frozen=True)

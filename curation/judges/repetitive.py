@@ -6,12 +6,12 @@ from typing import ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
+from ..duplicates.survivors import json_column
 from ..flags import coded, floats
 from ..folder import HouseError
 from ..measures.repetition import Repetition
 from ..steps import Measure
-from ..survivors import json_column
-from ..text import View
+from ..text.view import View
 
 _REASONS = ("loop", "repeated_lines", "repeated_ngrams", "frequent_ngram", "not_scorable")
 

@@ -7,9 +7,21 @@ import pyarrow as pa
 
 from ..embeddings import embedding_needs
 from ..folder import HouseError
-from ..selection import Budgeted, Unit, all_kept, canonical, check_budget, cost_of, hashes, paid, pool, reads, selected
+from ..selecting.selection import (
+    Budgeted,
+    Unit,
+    all_kept,
+    canonical,
+    check_budget,
+    cost_of,
+    hashes,
+    paid,
+    pool,
+    reads,
+    selected,
+)
 from ..steps import Corpus, Measure
-from ..text import View
+from ..text.view import View
 
 
 @dataclass(frozen=True)
@@ -48,8 +60,8 @@ class RepresentationSimilarity(Budgeted):
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
-        from ..round_robin import round_robin
-        from ..targets import pool_and_targets, target_texts
+        from ..selecting.round_robin import round_robin
+        from ..selecting.targets import pool_and_targets, target_texts
 
         rows = pool(corpus, self.unit, self.tokens)
         said = target_texts(self.targets, self.view)

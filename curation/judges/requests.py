@@ -135,7 +135,7 @@ _PADDED = r"^[^!-~]|[^!-~]$"  # may be shorter than its length
 
 def may_ask(prompts: pa.Array) -> npt.NDArray[np.bool_]:
     """Prompts (large_string) of which `request` or `absent_code` may say something."""
-    from ..texts import matching
+    from ..text.texts import matching
 
     found = matching(prompts, *_LOOK)
     short = np.asarray(pc.less_equal(pc.utf8_length(prompts), _SHORT)) | matching(prompts, _PADDED)
@@ -165,7 +165,7 @@ class UnservableRequest(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""
-        from ..texts import at, texts
+        from ..text.texts import at, texts
 
         prompts = texts(rows, "prompt")
         look = np.flatnonzero(may_ask(prompts))

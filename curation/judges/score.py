@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from ..flags import ranged
 from ..folder import HouseError
-from ..quantiles import check_shares, quantile
+from ..selecting.quantiles import check_shares, quantile
 from ..steps import Corpus, Measure
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 from ..flags import flagged
 from ..folder import HouseError
 from ..steps import Unmeasured
-from ..text import VIEW_COLUMNS
+from ..text.view import VIEW_COLUMNS
 
 _SHOWN = 10  # hits in the evidence of one row
 
@@ -35,7 +35,7 @@ class Secrets(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""
-        from ..private import SECRETS
+        from ..text.private import SECRETS
 
         return _judged(rows, [kind for kind in SECRETS if kind not in self.without])
 
@@ -61,14 +61,14 @@ class PersonalData(Unmeasured):
 
     def judge(self, rows: pa.Table, values: pa.Table) -> pa.Table:
         """Verdicts, aligned with `rows`."""
-        from ..private import PERSONAL
+        from ..text.private import PERSONAL
 
         return _judged(rows, [kind for kind in PERSONAL if kind not in self.without])
 
 
 def _check(without: Sequence[str], step: object) -> None:
     if without:  # most recipes name none: spare them the import
-        from ..private import PERSONAL, SECRETS
+        from ..text.private import PERSONAL, SECRETS
 
         known = SECRETS if isinstance(step, Secrets) else PERSONAL
         unknown = sorted(set(without) - set(known))
@@ -77,7 +77,7 @@ def _check(without: Sequence[str], step: object) -> None:
 
 
 def _judged(rows: pa.Table, kinds: Sequence[str]) -> pa.Table:
-    from ..private import found_in, rules_of, shape
+    from ..text.private import found_in, rules_of, shape
 
     fates: dict[int, tuple[str, dict[str, Any]]] = {}
     for row, found in found_in(rows, rules_of(kinds)).items():

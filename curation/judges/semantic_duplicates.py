@@ -10,15 +10,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..duplicates.survivors import PLACE, Places, Rule, drops, json_column, row_ids
 from ..embeddings import embedding_needs, vectors
 from ..folder import HouseError
 from ..steps import Corpus, Measure
-from ..survivors import PLACE, Places, Rule, drops, json_column, row_ids
-from ..text import VIEW_COLUMNS, View
+from ..text.view import VIEW_COLUMNS, View
 
 if TYPE_CHECKING:
-    from ..duplicate_groups import Said
-    from ..spans import Ints
+    from ..duplicates.groups import Said
+    from ..text.spans import Ints
 
 EXACT_ROWS = 20_000  # up to so many rows all pairs are compared: two seconds
 Reals = npt.NDArray[np.float64]
@@ -72,11 +72,11 @@ class SemanticDuplicate:
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
-        from ..duplicate_files import write_said
-        from ..duplicate_groups import Said
-        from ..minhash import Pairs
-        from ..near_vectors import near_vectors
-        from ..selection import canonical, row_keys
+        from ..duplicates.files import write_said
+        from ..duplicates.groups import Said
+        from ..duplicates.minhash import Pairs
+        from ..duplicates.near_vectors import near_vectors
+        from ..selecting.selection import canonical, row_keys
 
         places, lengths, names = self._places(corpus)
         order = canonical(row_keys(names))
@@ -93,7 +93,7 @@ class SemanticDuplicate:
         """What `judge` gives on the rows of `corpus`, from what an earlier judging left in `kept`: those of its rows
         that `came` marks, in order. None where the kept files are of other settings, or where rows are gone and with
         them what clusters, centres or TF-IDF were fitted on."""
-        from ..duplicate_files import read_said
+        from ..duplicates.files import read_said
 
         found = read_said(kept, json.dumps(self._settings()), "", len(came))
         fitted = self.model is None or self._k(len(came)) > 1 or self.survivor in ("farthest", "nearest")
@@ -119,7 +119,7 @@ class SemanticDuplicate:
 
     def _places(self, corpus: Corpus) -> "tuple[Places, Ints, pa.ChunkedArray]":
         """Where rows stand, the characters of their views, and their names."""
-        from ..texts import texts
+        from ..text.texts import texts
 
         places, lengths, names = Places(), [np.zeros(0, np.int64)], []
         for rows in corpus.tables(["row_id", *PLACE, *VIEW_COLUMNS]):
@@ -131,7 +131,7 @@ class SemanticDuplicate:
 
     def _clustered(self, found: np.ndarray) -> "tuple[Ints, Reals]":
         """Cluster of each row, and its cosine with the cluster's centre."""
-        from ..kmeans import kmeans, means, one_blas_thread
+        from ..selecting.kmeans import kmeans, means, one_blas_thread
 
         k = self._k(len(found))
         with one_blas_thread():
@@ -145,7 +145,7 @@ class SemanticDuplicate:
             return labels, np.einsum("ij,ij->i", found, centres[labels]).astype(np.float64)
 
     def _decided(self, corpus: Corpus, said: "Said", places: Places, lengths: "Ints", nearness: Reals) -> pa.Table:
-        from ..duplicate_groups import decided
+        from ..duplicates.groups import decided
 
         by = {"farthest": Rule("measure", prefer="low"), "nearest": Rule("measure", prefer="high")}
         rule = by.get(self.survivor, Rule("longest" if self.survivor == "longest" else "first"))

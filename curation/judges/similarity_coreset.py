@@ -8,9 +8,21 @@ import pyarrow as pa
 
 from ..embeddings import embedding_needs
 from ..folder import HouseError
-from ..selection import Budgeted, Unit, all_kept, check_budget, cost_of, hashes, paid, pool, reads, selected, spend
+from ..selecting.selection import (
+    Budgeted,
+    Unit,
+    all_kept,
+    check_budget,
+    cost_of,
+    hashes,
+    paid,
+    pool,
+    reads,
+    selected,
+    spend,
+)
 from ..steps import Corpus, Measure
-from ..text import View
+from ..text.view import View
 
 
 @dataclass(frozen=True)
@@ -51,8 +63,8 @@ class SimCore(Budgeted):
 
     def judge(self, corpus: Corpus) -> pa.Table:
         """Verdicts for all live rows, in the order of `corpus.tables()`."""
-        from ..kmeans import kmeans
-        from ..targets import pool_and_targets, target_texts
+        from ..selecting.kmeans import kmeans
+        from ..selecting.targets import pool_and_targets, target_texts
 
         rows = pool(corpus, self.unit, self.tokens)
         said = target_texts(self.targets, self.view)
@@ -100,7 +112,7 @@ def rounds_of_nearest(
 ) -> tuple[np.ndarray, Nearest]:
     """The round, from 1, in which each open row is taken: in a round every centre, in order, takes its nearest free
     row. Equal similarities go by `ties`. Work: each centre's list of rows is sorted once."""
-    from ..kmeans import in_blocks
+    from ..selecting.kmeans import in_blocks
 
     free = np.flatnonzero(open_rows)
     similarity = np.empty((len(centres), len(points)), np.float32)

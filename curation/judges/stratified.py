@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..folder import HouseError
-from ..selection import (
+from ..selecting.selection import (
     Budgeted,
     Shares,
     Unit,

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..measures.length import Length
-from ..selection import (
+from ..selecting.selection import (
     Budgeted,
     Unit,
     all_kept,

@@ -147,7 +147,7 @@ class EmptyTurn(Unmeasured):
 
 def _empty(column: pa.Array) -> list[tuple[int, int, str | None]]:
     """Row, turn and role of the turns that say nothing, of each row the first."""
-    from ..texts import blank
+    from ..text.texts import blank
 
     codes, first, last, _ = _codes(column)
     if not len(codes):

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from ..rows import Row, digest, made_row, message, table
 from ..steps import Corpus
-from ..text import words
+from ..text.view import words
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class MaskPersonalData:
 
     def __post_init__(self) -> None:
         if self.without:
-            from ..private import PERSONAL, SECRETS
+            from ..text.private import PERSONAL, SECRETS
 
             unknown = sorted(set(self.without) - {*SECRETS, *PERSONAL})
             if unknown:
@@ -39,8 +39,8 @@ class MaskPersonalData:
 
     def make(self, corpus: Corpus) -> Iterator[pa.Table]:
         """Tables of new rows, one for each part that gave any."""
-        from ..edits import Edit, Place, edited_row
-        from ..private import RULES, found_in
+        from ..text.edits import Edit, Place, edited_row
+        from ..text.private import RULES, found_in
 
         rules = [rule for rule in RULES if rule.kind not in self.without]
         done = 0

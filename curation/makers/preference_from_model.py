@@ -14,7 +14,7 @@ from ..door import ChatAnswer, ChatError, ChatRequest, Sampling
 from ..folder import HouseError
 from ..rows import Row, digest, made_row, table
 from ..steps import Corpus
-from ..text import normal
+from ..text.view import normal
 
 
 @dataclass(frozen=True)

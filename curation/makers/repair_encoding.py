@@ -12,7 +12,7 @@ from ..rows import table
 from ..steps import Corpus
 
 if TYPE_CHECKING:
-    from ..edits import Edit, Place
+    from ..text.edits import Edit, Place
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RepairEncoding:
 
     def make(self, corpus: Corpus) -> Iterator[pa.Table]:
         """Tables of new rows, one for each part that gave any."""
-        from ..edits import Edit, edited_row
+        from ..text.edits import Edit, edited_row
 
         done = 0
         for part in corpus.tables():
@@ -56,9 +56,9 @@ class RepairEncoding:
 
     def _repairs(self, rows: pa.Table) -> "dict[int, dict[Place, tuple[str, str]]]":
         """Old and new text of each string that changes, by row and place."""
-        from ..contents import said
-        from ..encoding import repaired, suspicious
-        from ..texts import matching
+        from ..text.contents import said
+        from ..text.encoding import repaired, suspicious
+        from ..text.texts import matching
 
         found: dict[int, dict[Place, tuple[str, str]]] = {}
         pattern = suspicious(self.unescape_html, self.uncurl_quotes)
@@ -78,7 +78,7 @@ def _has_spans(row: Mapping[str, Any], place: "Place") -> bool:
 
 def _differences(old: str, new: str) -> "list[Edit]":
     """The edits that make `new` of `old`, character by character."""
-    from ..edits import Edit
+    from ..text.edits import Edit
 
     matcher = SequenceMatcher(None, old, new, autojunk=False)
     return [Edit(i, j, new[k:m]) for what, i, j, k, m in matcher.get_opcodes() if what != "equal"]

@@ -13,7 +13,7 @@ from ..asking import Exchange, ask, exchange, seed_of
 from ..door import ChatAnswer, ChatModel, ChatRequest, Progress, Sampling
 from ..folder import HouseError
 from ..steps import Tools
-from ..text import normal
+from ..text.view import normal
 
 REFLECT = """\
 Question: {question}

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from ..door import Progress
 from ..steps import Tools
-from ..text import View, view
+from ..text.view import View, view
 
 
 @dataclass(frozen=True)

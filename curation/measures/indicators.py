@@ -30,8 +30,8 @@ class Indicators:
 
     def measure(self, rows: pa.Table, tools: Tools, progress: Progress) -> pa.Table:
         """One row of `columns` for each row, in order."""
-        from ..lexical import mtld
-        from ..shingles import shingle_sets
+        from ..duplicates.shingles import shingle_sets
+        from ..text.lexical import mtld
 
         prompt, response = shingle_sets(rows, "prompt", 1), shingle_sets(rows, "response", 1)
         found = mtld(response.hashes, response.offsets)

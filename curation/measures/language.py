@@ -13,7 +13,7 @@ from ..door import Progress
 from ..folder import HouseError
 from ..inputs import files_inputs
 from ..steps import Tools
-from ..text import View
+from ..text.view import View
 
 # labels of lid.176.ftz: ISO 639-1, and ISO 639-3 where there is no shorter code
 _LABELS = (
@@ -67,7 +67,7 @@ class Language:
 
     def measure(self, rows: pa.Table, tools: Tools, progress: Progress) -> pa.Table:
         """One row of `columns` for each row, in order."""
-        from ..texts import texts
+        from ..text.texts import texts
 
         said = prose(texts(rows, self.view), self.chars)
         size = pc.binary_length(pc.replace_substring_regex(said, r"[^\pL]+", "")).to_pylist()

@@ -12,7 +12,7 @@ from ..steps import Tools
 
 @dataclass(frozen=True)
 class Length:
-    r"""Length of prompt and response (curation.text; of a preference row the response is `chosen`, of a raw document
+    r"""Length of prompt and response (curation.text.view; of a preference row the response is `chosen`, of a raw document
     its text).
 
     prompt_words, response_words: runs of \w characters. response_chars: code points. turns: messages of the row, those
@@ -30,8 +30,8 @@ class Length:
 
     def measure(self, rows: pa.Table, tools: Tools, progress: Progress) -> pa.Table:
         """One row of `columns` for each row, in order."""
-        from ..texts import texts
-        from ..word_counts import word_counts
+        from ..text.texts import texts
+        from ..text.word_counts import word_counts
 
         prompt_words, _ = word_counts(texts(rows, "prompt"))
         response_words, response_chars = word_counts(texts(rows, "response"))

@@ -13,10 +13,10 @@ import pyarrow as pa
 from ..door import Progress
 from ..folder import HouseError, about, read_parquet
 from ..steps import Tools
-from ..text import VIEW_COLUMNS, View
+from ..text.view import VIEW_COLUMNS, View
 
 if TYPE_CHECKING:
-    from ..classifier import Model
+    from ..selecting.classifier import Model
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class QualityClassifier:
 
 @lru_cache(maxsize=4)
 def _model(measure: QualityClassifier, inputs: str) -> "Model":
-    from ..classifier import train
+    from ..selecting.classifier import train
 
     parts = [*_side(measure.positives, True, measure.limit), *_side(measure.negatives, False, measure.limit)]
     parts += [part for out in measure.audits for part in _labelled(out)]

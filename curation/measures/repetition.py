@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from ..door import Progress
 from ..steps import Tools
-from ..text import View
+from ..text.view import View
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Repetition:
 
     def measure(self, rows: pa.Table, tools: Tools, progress: Progress) -> pa.Table:
         """One row of `columns` for each row, in order."""
-        from ..repeats import repeats
+        from ..text.repeats import repeats
 
         found = repeats(rows, self.view)
         progress(rows.num_rows, rows.num_rows)

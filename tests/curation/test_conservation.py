@@ -24,7 +24,7 @@ from gristmill.curation.pool import INLINE, Pool, pool
 from gristmill.curation.rows import digest, made_row, message, table
 from gristmill.curation.sift import SetPlan, advance, begin, full_steps, state_before, step_name
 from gristmill.curation.steps import Corpus, Measure, verdicts
-from gristmill.curation.text import response_of, view
+from gristmill.curation.text.view import response_of, view
 
 Make = Callable[..., dict[str, Any]]
 WORDS = ["rain", "falls", "again", "boom", "bang", "slow", "light", "I'm sorry, but I cannot help with that."]

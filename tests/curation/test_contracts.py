@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gristmill.curation.door import ChatAnswer, ChatRequest
 from gristmill.curation.measures.length import Length
 from gristmill.curation.rows import ROW, content_id, message, table
 from gristmill.curation.steps import VERDICT, find_steps, value_names
-from gristmill.curation.text import view
+from gristmill.curation.text.view import view
 
 STEPS = find_steps()
 SCRATCH = TemporaryDirectory()
@@ -28,9 +29,12 @@ TAUGHT = Path(tempfile.mkdtemp(prefix="gristmill-contracts-"))
 for side in ("good", "bad"):
     taught = [json.dumps({"instruction": f"question {n}", "output": f"{side} answer {n}"}) for n in range(20)]
     (TAUGHT / f"{side}.jsonl").write_text("\n".join(taught))
+SCORED = TAUGHT / "scores.parquet"
+pq.write_table(pa.table({"row_id": ["0" * 32], "content_id": ["1" * 32], "loss": [1.0]}), SCORED)
 # what a recipe must say of each step that has fields without defaults
 NEEDED: dict[str, dict[str, Any]] = {
     "Matches": {"pattern": "a"},
+    "ScoreFile": {"path": str(SCORED)},
     "ScoreQuantile": {"of": Length(), "column": "response_words"},
     "ScoreRange": {"of": Length(), "column": "response_words"},
     "TokenLength": {"model": "m"},

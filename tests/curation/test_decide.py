@@ -22,7 +22,7 @@ from gristmill.curation.overrides import OVERRIDES
 from gristmill.curation.rows import made_row, message, table
 from gristmill.curation.sift import SetPlan, advance, begin, full_steps, state_before
 from gristmill.curation.steps import Corpus, verdicts
-from gristmill.curation.text import prompt_of, response_of
+from gristmill.curation.text.view import prompt_of, response_of
 
 Write = Callable[..., list[str]]
 Make = Callable[..., dict[str, Any]]

@@ -16,16 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gristmill.curation import overlap
-from gristmill.curation.benchmark_sets import KNOWN, EvaluationSet, resolved
 from gristmill.curation.folder import HouseError
 from gristmill.curation.judges.decontaminate import Decontaminate
-from gristmill.curation.overlap import passages, read_index
 from gristmill.curation.reading.source import Source, Unreadable, iter_rows
 from gristmill.curation.rows import ROW, message, table
-from gristmill.curation.spans import string_spans
 from gristmill.curation.steps import VERDICT, CorpusJudge
-from gristmill.curation.text import words
+from gristmill.curation.text import overlap
+from gristmill.curation.text.benchmark_sets import KNOWN, EvaluationSet, resolved
+from gristmill.curation.text.overlap import passages, read_index
+from gristmill.curation.text.spans import string_spans
+from gristmill.curation.text.view import words
 
 Make = Callable[..., dict[str, Any]]
 
@@ -286,8 +286,8 @@ def test_what_is_refused(evaluation: Write, tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 import tempfile
-from gristmill.curation.benchmark_sets import EvaluationSet
-from gristmill.curation.overlap import read_index
+from gristmill.curation.text.benchmark_sets import EvaluationSet
+from gristmill.curation.text.overlap import read_index
 print(read_index((EvaluationSet(sys.argv[1]),), 8).table.hashes.tolist())
 """
 

@@ -14,7 +14,7 @@ from gristmill.curation.folder import HouseError
 from gristmill.curation.judges.defects import CLASSES, Defects, defect
 from gristmill.curation.judges.equal_answers import EqualAnswers
 from gristmill.curation.rows import message, table
-from gristmill.curation.text import view
+from gristmill.curation.text.view import view
 
 from .real import real_rows
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gristmill.curation import spill
+from gristmill.curation.duplicates import spill
 from gristmill.curation.folder import HouseError
 from gristmill.curation.judges.duplicates import ExactDuplicate, NearDuplicate
 

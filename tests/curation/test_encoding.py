@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from gristmill.curation.contents import said
-from gristmill.curation.encoding import damage, repaired, suspicious
 from gristmill.curation.folder import HouseError
 from gristmill.curation.judges.encoding_damage import EncodingDamage
 from gristmill.curation.makers.repair_encoding import RepairEncoding
 from gristmill.curation.reading.source import Source, iter_rows
 from gristmill.curation.rows import ROW, message, table
+from gristmill.curation.text.contents import said
+from gristmill.curation.text.encoding import damage, repaired, suspicious
 
 ftfy = pytest.importorskip("ftfy")
 Make = Callable[..., dict[str, Any]]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gristmill.curation.judges.duplicates import ExactDuplicate
 from gristmill.curation.rows import message, table
-from gristmill.curation.text import View, normal, view
+from gristmill.curation.text.view import View, normal, view
 
 pytest.importorskip("numba")
 

@@ -14,7 +14,7 @@ from gristmill.curation.judges.echo import Echo, echo
 from gristmill.curation.judges.tool_calls import ToolCalls, tool_fault
 from gristmill.curation.judges.turns import EmptyTurn, RoleOrder, role_fault
 from gristmill.curation.rows import ROW, message, table
-from gristmill.curation.text import view
+from gristmill.curation.text.view import view
 
 from .real import real_rows
 

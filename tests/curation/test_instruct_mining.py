@@ -10,10 +10,10 @@ import pytest
 
 from gristmill.curation.folder import HouseError
 from gristmill.curation.judges.instruct_mining import InstructMining
-from gristmill.curation.loss_rule import FIRST, fit_rule, neighbour_distance
 from gristmill.curation.measures.indicators import Indicators
 from gristmill.curation.measures.length import Length
 from gristmill.curation.rows import ROW, table
+from gristmill.curation.selecting.loss_rule import FIRST, fit_rule, neighbour_distance
 
 Make = Callable[..., dict[str, Any]]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from gristmill.curation import kmeans as house
-from gristmill.curation.kmeans import Clusters, kmeans, lloyd, means, nearest, one_blas_thread
+from gristmill.curation.selecting import kmeans as house
+from gristmill.curation.selecting.kmeans import Clusters, kmeans, lloyd, means, nearest, one_blas_thread
 
 
 def blobs(rows: int, dims: int, centres: int, spread: float, seed: int = 0) -> np.ndarray:
@@ -65,7 +65,7 @@ def test_the_number_of_threads_changes_no_byte(monkeypatch: pytest.MonkeyPatch) 
     kinds: list[Callable[[], int]] = [lambda: 1, lambda: 2, lambda: 5]
     found = []
     for processors in kinds:
-        monkeypatch.setattr("gristmill.curation.shingles.processors", processors)
+        monkeypatch.setattr("gristmill.curation.duplicates.shingles.processors", processors)
         found.append(kmeans(vectors, 40))
     assert same(found[0], found[1]) and same(found[0], found[2])
     assert not same(found[0], kmeans(vectors, 40, seed=1))

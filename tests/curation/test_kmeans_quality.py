@@ -20,7 +20,7 @@ from gristmill.curation.measures.embedding import Embedding
 from gristmill.curation.measures.length import Length
 from gristmill.curation.measures.perplexity import ResponsePerplexity
 from gristmill.curation.rows import table
-from gristmill.curation.selection import Pool, row_keys
+from gristmill.curation.selecting.selection import Pool, row_keys
 
 Make = Callable[..., dict[str, Any]]
 TOPICS = ("knead dough yeast", "nova parsec comet", "delta meander weir", "verb noun tense", "rook pawn queen")

@@ -12,7 +12,7 @@ import pytest
 from gristmill.curation.judges.grape import Grape
 from gristmill.curation.measures.ifd import Ifd
 from gristmill.curation.rows import ROW, table
-from gristmill.curation.text import normal, prompt_of
+from gristmill.curation.text.view import normal, prompt_of
 
 Make = Callable[..., dict[str, Any]]
 NAN = math.nan

@@ -13,8 +13,8 @@ import pytest
 from gristmill.curation.folder import HouseError
 from gristmill.curation.judges.mixing import Cap, Mixture, SourceAblation, StageMixture
 from gristmill.curation.measures.length import Length
-from gristmill.curation.mixing import ablations, groups, largest_budget, mixture_quotas, shares
 from gristmill.curation.rows import ROW, table
+from gristmill.curation.selecting.mixing import ablations, groups, largest_budget, mixture_quotas, shares
 from gristmill.curation.steps import VERDICT
 
 Make = Callable[..., dict[str, Any]]

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from gristmill.curation.duplicates.minhash import RECALL, banding, jaccards, near_pairs, near_pairs_between
+from gristmill.curation.duplicates.shingles import SPACELESS, Shingles, shingle_sets
 from gristmill.curation.folder import HouseError
 from gristmill.curation.judges.duplicates import NearDuplicate
-from gristmill.curation.minhash import RECALL, banding, jaccards, near_pairs, near_pairs_between
 from gristmill.curation.rows import message, table
-from gristmill.curation.shingles import SPACELESS, Shingles, shingle_sets
-from gristmill.curation.text import WORD, View, view, words
+from gristmill.curation.text.view import WORD, View, view, words
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("numba")

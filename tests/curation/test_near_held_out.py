@@ -12,7 +12,7 @@ import pytest
 from gristmill.curation.folder import HouseError
 from gristmill.curation.judges.near_held_out import NearHeldOut
 from gristmill.curation.rows import message, table
-from gristmill.curation.text import View, view, words
+from gristmill.curation.text.view import View, view, words
 
 pytest.importorskip("numba")
 

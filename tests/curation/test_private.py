@@ -12,21 +12,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from gristmill.curation.contents import said
-from gristmill.curation.edits import Edit, edited, moved
 from gristmill.curation.folder import HouseError, RunFolder
 from gristmill.curation.judges.encoding_damage import EncodingDamage
 from gristmill.curation.judges.secrets import PersonalData, Secrets
 from gristmill.curation.look import funnel
 from gristmill.curation.makers.mask_secrets import MaskPersonalData
 from gristmill.curation.makers.repair_encoding import RepairEncoding
-from gristmill.curation.numbers_of_people import luhn
-from gristmill.curation.private import PERSONAL, RULES, SECRETS, first_look, hits, rules_of
 from gristmill.curation.reading.source import Source, iter_rows
 from gristmill.curation.release import finish
 from gristmill.curation.rows import ROW, message, table
 from gristmill.curation.shards import read_split
 from gristmill.curation.sift import SetPlan, advance, begin, full_steps, state_before
+from gristmill.curation.text.contents import said
+from gristmill.curation.text.edits import Edit, edited, moved
+from gristmill.curation.text.numbers_of_people import luhn
+from gristmill.curation.text.private import PERSONAL, RULES, SECRETS, first_look, hits, rules_of
 
 Make = Callable[..., dict[str, Any]]
 WriteSource = Callable[..., list[str]]

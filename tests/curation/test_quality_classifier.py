@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from gristmill.curation.cache import measure_key
-from gristmill.curation.classifier import _matrix, _ngrams, auroc, train
 from gristmill.curation.folder import HouseError, write_parquet
 from gristmill.curation.measures.quality_classifier import QualityClassifier
 from gristmill.curation.rows import table
+from gristmill.curation.selecting.classifier import _matrix, _ngrams, auroc, train
 
 Make = Callable[..., dict[str, Any]]
 pytestmark = pytest.mark.filterwarnings("ignore:QualityClassifier:UserWarning", "ignore:t:UserWarning")

@@ -18,7 +18,7 @@ from gristmill.curation.reading import chunks
 from gristmill.curation.reading import source as reading
 from gristmill.curation.reading.source import Source, Unreadable, iter_rows, read_source
 from gristmill.curation.rows import ROW
-from gristmill.curation.text import prompt_of, response_of
+from gristmill.curation.text.view import prompt_of, response_of
 
 ALPACA = [
     {"instruction": f"Say {n}.", "input": "" if n % 2 else f"in {n}", "output": f"{n} \u2028 é\x85"} for n in range(7)

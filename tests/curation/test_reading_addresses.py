@@ -9,7 +9,7 @@ import pytest
 from gristmill.curation.folder import HouseError, RunFolder
 from gristmill.curation.reading.source import Source, Unreadable, iter_rows, read_source
 from gristmill.curation.rows import Row
-from gristmill.curation.text import prompt_of, response_of
+from gristmill.curation.text.view import prompt_of, response_of
 
 
 def rows_of(source: Source) -> list[Row]:

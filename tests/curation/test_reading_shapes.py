@@ -10,7 +10,7 @@ import pytest
 from gristmill.curation.reading.shapes import recognise
 from gristmill.curation.reading.source import Source, Unreadable, iter_rows
 from gristmill.curation.reading.turns import Unfit
-from gristmill.curation.text import prompt_of, response_of
+from gristmill.curation.text.view import prompt_of, response_of
 
 U, A = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 HH = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: "

@@ -9,7 +9,7 @@ import pytest
 from gristmill.curation.folder import HouseError
 from gristmill.curation.judges.refusal import BOILERPLATE, Boilerplate, Refusal, boilerplate, refusal
 from gristmill.curation.rows import table
-from gristmill.curation.text import view
+from gristmill.curation.text.view import view
 
 from .real import real_rows
 

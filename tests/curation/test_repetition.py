@@ -15,7 +15,7 @@ from gristmill.curation.folder import HouseError
 from gristmill.curation.judges.repetitive import Repetitive
 from gristmill.curation.measures.repetition import Repetition
 from gristmill.curation.rows import table
-from gristmill.curation.text import view
+from gristmill.curation.text.view import view
 
 from .real import real_rows
 

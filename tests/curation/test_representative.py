@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from gristmill.curation import round_robin as module
 from gristmill.curation.folder import HouseError
 from gristmill.curation.judges.representative import RepresentationSimilarity
-from gristmill.curation.round_robin import round_robin
 from gristmill.curation.rows import table
+from gristmill.curation.selecting import round_robin as module
+from gristmill.curation.selecting.round_robin import round_robin
 
 Make = Callable[..., dict[str, Any]]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gristmill.curation.folder import HouseError, sole, sweep, whole_file, whole_folder, write_json, write_parquet
 from gristmill.curation.rows import ROW, content_id, counted_row_id, digest, made_row, message, table
-from gristmill.curation.text import normal, pair_of, prompt_of, response_of, words
+from gristmill.curation.text.view import normal, pair_of, prompt_of, response_of, words
 
 Make = Callable[..., dict[str, Any]]
 

@@ -15,7 +15,7 @@ from gristmill.curation.folder import HouseError
 from gristmill.curation.measures.length import Length
 from gristmill.curation.measures.perplexity import ResponsePerplexity
 from gristmill.curation.rows import digest
-from gristmill.curation.selection import (
+from gristmill.curation.selecting.selection import (
     Pool,
     all_kept,
     canonical,

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gristmill.curation.coresets import diverse, facility_location, farthest_first, neighbours
 from gristmill.curation.folder import HouseError, RunFolder
 from gristmill.curation.judges.deita import Deita
 from gristmill.curation.judges.facility_location import FacilityLocation
@@ -30,9 +29,10 @@ from gristmill.curation.judges.stratified import StratifiedSample
 from gristmill.curation.judges.top_score import TopScore
 from gristmill.curation.measures.length import Length
 from gristmill.curation.rows import digest, table
-from gristmill.curation.selection import Pool, row_keys, shuffled
+from gristmill.curation.selecting.coresets import diverse, facility_location, farthest_first, neighbours
+from gristmill.curation.selecting.selection import Pool, row_keys, shuffled
 from gristmill.curation.sift import SetPlan, advance, begin, full_steps
-from gristmill.curation.text import view
+from gristmill.curation.text.view import view
 
 Make = Callable[..., dict[str, Any]]
 Verdicts = dict[str, dict[str, Any]]
@@ -291,8 +291,8 @@ def test_neighbours_by_cells_are_nearly_all_of_the_true_ones(monkeypatch: pytest
     spread = centres[np.random.default_rng(0).integers(40, size=3000)] + 0.3 * points(3000, 16)
     vectors = np.asarray(spread / np.linalg.norm(spread, axis=1, keepdims=True), np.float32)
     exact, _ = neighbours(vectors, 10)
-    monkeypatch.setattr("gristmill.curation.coresets.EXACT", 100)
-    monkeypatch.setattr("gristmill.curation.coresets.CELL", 100)
+    monkeypatch.setattr("gristmill.curation.selecting.coresets.EXACT", 100)
+    monkeypatch.setattr("gristmill.curation.selecting.coresets.CELL", 100)
     found, similar = neighbours(vectors, 10)
     hits = sum(len(set(a) & set(b)) for a, b in zip(exact.tolist(), found.tolist(), strict=True))
     assert hits / exact.size > 0.95
@@ -470,7 +470,7 @@ def test_selections_beat_their_baselines_where_they_should(rows: list[dict[str, 
 
 def kmq(pool: Pool, found: np.ndarray, quality: np.ndarray, budget: int, seed: int) -> np.ndarray:
     from gristmill.curation.judges.kmeans_quality import clusters
-    from gristmill.curation.selection import descending, gumbel, hashes, shared, spend_in_groups
+    from gristmill.curation.selecting.selection import descending, gumbel, hashes, shared, spend_in_groups
 
     labels = clusters(found.astype(np.float32), pool, 12)
     order = descending(quality + gumbel(pool.keys, seed), hashes(pool.keys, seed), pool.open)
@@ -479,7 +479,7 @@ def kmq(pool: Pool, found: np.ndarray, quality: np.ndarray, budget: int, seed: i
 
 
 def spent(order: np.ndarray, words: np.ndarray, budget: int) -> np.ndarray:
-    from gristmill.curation.selection import spend
+    from gristmill.curation.selecting.selection import spend
 
     return np.flatnonzero(spend(order, words, budget))
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 from threadpoolctl import threadpool_limits
 
+from gristmill.curation.duplicates.near_vectors import near_vectors
 from gristmill.curation.folder import HouseError
 from gristmill.curation.judges.semantic_duplicates import SemanticDuplicate
-from gristmill.curation.near_vectors import near_vectors
 from gristmill.curation.rows import table
 from gristmill.curation.steps import VERDICT
 

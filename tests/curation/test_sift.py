@@ -18,7 +18,7 @@ from gristmill.curation.overrides import OVERRIDES
 from gristmill.curation.rows import made_row, message, table
 from gristmill.curation.sift import SetPlan, advance, begin, full_steps, held_out_rows, state_before
 from gristmill.curation.steps import Corpus, Measure, verdicts
-from gristmill.curation.text import prompt_of, response_of, view
+from gristmill.curation.text.view import prompt_of, response_of, view
 from gristmill.flows.run import measured_text
 
 Write = Callable[..., list[str]]

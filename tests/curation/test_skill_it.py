@@ -9,8 +9,8 @@ import pytest
 
 from gristmill.curation.folder import HouseError
 from gristmill.curation.rows import digest
-from gristmill.curation.selection import row_keys
-from gristmill.curation.skill_it import Shelf, online_mixture, skill_it, skills_graph, updated
+from gristmill.curation.selecting.selection import row_keys
+from gristmill.curation.selecting.skill_it import Shelf, online_mixture, skill_it, skills_graph, updated
 
 SKILLS = ("count", "add", "solve")
 

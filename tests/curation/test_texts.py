@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from gristmill.curation.folder import RunFolder
 from gristmill.curation.reading.source import Source, iter_rows
 from gristmill.curation.rows import ROW, message, table
-from gristmill.curation.text import View, view
-from gristmill.curation.texts import texts
+from gristmill.curation.text.texts import texts
+from gristmill.curation.text.view import View, view
 
 said = st.one_of(st.none(), st.sampled_from(["", "\n", "a", "Zürich ☂", "two\n\nlines", "漢字"]))
 turns = st.one_of(st.none(), st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), said), max_size=4))

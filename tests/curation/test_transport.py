@@ -10,11 +10,11 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 from scipy.special import logsumexp
 
-from gristmill.curation import transport as module
 from gristmill.curation.folder import HouseError
 from gristmill.curation.judges.optimal_transport import GotD
 from gristmill.curation.rows import table
-from gristmill.curation.transport import gradient, transport
+from gristmill.curation.selecting import transport as module
+from gristmill.curation.selecting.transport import gradient, transport
 from tests.curation.test_contracts import Rows
 
 Make = Callable[..., dict[str, Any]]
@@ -63,7 +63,7 @@ def test_symmetries(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(gradient(found.rows + 7.0), gradient(found.rows), atol=1e-9)
     monkeypatch.setattr(module, "KEEP", 0)  # costs computed again in each pass
     assert (transport(x, y, tolerance=1e-5).rows == found.rows).all()
-    monkeypatch.setattr("gristmill.curation.shingles.processors", lambda: 1)
+    monkeypatch.setattr("gristmill.curation.duplicates.shingles.processors", lambda: 1)
     assert (transport(x, y, tolerance=1e-5).rows == found.rows).all()
 
 

@@ -14,7 +14,7 @@ import pytest
 from gristmill.curation.judges.c4 import C4Quality
 from gristmill.curation.judges.gopher import GopherQuality, GopherRepetition
 from gristmill.curation.rows import table
-from gristmill.curation.webtext import repetition
+from gristmill.curation.text.webtext import repetition
 
 Make = Callable[..., dict[str, Any]]
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.curation.text import view, words
-from gristmill.curation.texts import texts
-from gristmill.curation.word_counts import word_counts
+from gristmill.curation.text.texts import texts
+from gristmill.curation.text.view import view, words
+from gristmill.curation.text.word_counts import word_counts
 
 from .real import real_rows
 

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gristmill.curation import spill
 from gristmill.curation.door import Progress
+from gristmill.curation.duplicates import spill
 from gristmill.curation.folder import HouseError, RunFolder, read_json
 from gristmill.curation.look import why
 from gristmill.curation.steps import Corpus, Tools, Unmeasured, verdicts

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from gristmill.curation.benchmark_sets import EvaluationSet
 from gristmill.curation.folder import HouseError
 from gristmill.curation.judges.decontaminate import Decontaminate
+from gristmill.curation.text.benchmark_sets import EvaluationSet
 from gristmill.flows.models import set_plan
 from gristmill.flows.progress import Silent
 from gristmill.flows.recipe import dump, load_text
