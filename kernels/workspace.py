@@ -21,7 +21,6 @@ class _Kept:
     """A weight made plain, and what it was made from: held, so that nothing else can come to lie at its address."""
 
     source: Tensor
-    version: int
     buffer: Tensor
 
 
@@ -66,10 +65,6 @@ def _source(base: Base) -> Tensor:
     return base.packed if isinstance(base, NF4) else base
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
 def _made(base: Base, dtype: torch.dtype, buffer: Tensor) -> Tensor:
     weight = buffer[: torch.Size(base.shape).numel()].view(tuple(base.shape))
     return dequantise(base, dtype, out=weight) if isinstance(base, NF4) else weight.copy_(base.detach())
@@ -98,9 +93,9 @@ def forward_weight(base: Base, dtype: torch.dtype) -> Tensor:
         buffers.task = task
         torch.autograd.Variable._execution_engine.queue_callback(buffers.close)  # type: ignore[no-untyped-call]
     source, n = _source(base), torch.Size(base.shape).numel()
-    fits = [at for at, buffer in enumerate(buffers.free) if _fits(buffer, n, dtype, base.device)]
-    buffer = buffers.free.pop(fits[0]) if fits else _empty(n, dtype, base.device)
-    buffers.kept[source.data_ptr(), dtype] = _Kept(source, _version(source), buffer)
+    fits = [(buffer.numel(), at) for at, buffer in enumerate(buffers.free) if _fits(buffer, n, dtype, base.device)]
+    buffer = buffers.free.pop(min(fits)[1]) if fits else _empty(n, dtype, base.device)
+    buffers.kept[source.data_ptr(), dtype] = _Kept(source, buffer)
     return _made(base, dtype, buffer)
 
 
@@ -113,7 +108,7 @@ def backward_weight(base: Base, dtype: torch.dtype) -> Tensor:
     of any function here."""
     source = _source(base)
     kept = _local.buffers.kept.pop((source.data_ptr(), dtype), None)
-    if kept is None or kept.version != _version(source):
+    if kept is None:
         return plain_weight(base, dtype)
     _local.buffers.free.append(kept.buffer)
     return kept.buffer[: torch.Size(base.shape).numel()].view(tuple(base.shape))
