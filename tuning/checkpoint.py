@@ -1,23 +1,27 @@
 """Checkpoints: whole folders with a hash of each file, of which one that was cut short or altered is never resumed.
 
 `checkpoints/step-000050/` holds state.safetensors (trainable weights, optimizer moments, row statistics), state.json
-(step and other small values) and, written last, COMPLETE with the SHA-256 of both; then it is moved into place.
+(step and other small values) and, written last, COMPLETE with the SHA-256 of each; then it is moved into place. Of a
+sharded model every rank writes a file: state.safetensors, state-1.safetensors, … hold the rows of the tensors that
+state.json lists as `pieces`, in the order of ranks. Tensors are read whole, so that any number of ranks can go on.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from ..curation.folder import HouseError, whole_folder
+from .ranks import ALONE, World
 
 MARKER = "COMPLETE"
 FORMAT = 2  # of run.json and checkpoints; another one cannot be continued
@@ -32,19 +36,46 @@ class Checkpoint:
     values: Mapping[str, Any]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes `folder`/step-NNNNNN whole or not at all, then removes all but the `keep` latest (at least this one)."""
+def save_checkpoint(
+    folder: Path, checkpoint: Checkpoint, keep: int, here: World = ALONE, pieces: Collection[str] = ()
+) -> Path:
+    """Writes `folder`/step-NNNNNN whole or not at all, then removes all but the `keep` latest (at least this one).
+
+    Every rank of `here` calls it; the first writes all, the others their rows of the tensors that `pieces` names, each
+    on the storage that all share.
+    """
     path = folder / f"step-{checkpoint.step:06d}"
-    with whole_folder(path) as temporary:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-        save_file(tensors, temporary / "state.safetensors")
-        values = {"step": checkpoint.step, **version(), **checkpoint.values}
-        (temporary / "state.json").write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
-        hashes = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
-        (temporary / MARKER).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
-    for old in step_folders(folder)[max(keep, 1) :]:
-        shutil.rmtree(old)
+    with _shared_folder(path, here) as temporary:
+        named = {name: tensor for name, tensor in checkpoint.tensors.items() if here.main or name in pieces}
+        if named or here.main:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+            save_file(tensors, temporary / _file(here.rank))
+        here.barrier()
+        if here.main:
+            values = {"step": checkpoint.step, **version(), "pieces": sorted(pieces), **checkpoint.values}
+            (temporary / "state.json").write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+            hashes = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+            (temporary / MARKER).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
+    if here.main:
+        for old in step_folders(folder)[max(keep, 1) :]:
+            shutil.rmtree(old)
+    here.barrier()
     return path
+
+
+def _file(rank: int) -> str:
+    return f"state-{rank}.safetensors" if rank else "state.safetensors"
+
+
+@contextmanager
+def _shared_folder(path: Path, here: World) -> Iterator[Path]:
+    """`whole_folder` of the first rank, in which all ranks write."""
+    if not here.main:
+        yield path.parent / here.told("")
+        return
+    with whole_folder(path) as temporary:
+        here.told(temporary.name)
+        yield temporary
 
 
 def version() -> dict[str, Any]:
@@ -62,14 +93,20 @@ def check_version(where: Path, values: Mapping[str, Any]) -> None:
         )
 
 
-def find_latest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+def find_latest(folder: Path, say: Callable[[str], None], here: World = ALONE) -> Checkpoint | None:
     """The latest checkpoint that is whole, or None. say: is told of each later one that is skipped, and why. HouseError
-    for one of another format."""
+    for one of another format. The first rank looks; every rank reads what it found."""
+    found = here.first(lambda: _latest(folder, say))
+    return None if found is None else load_checkpoint(found)
+
+
+def _latest(folder: Path, say: Callable[[str], None]) -> Path | None:
     for path in step_folders(folder):
         fault = _fault(path)
         if fault is None:
             try:
-                return load_checkpoint(path)
+                load_checkpoint(path)
+                return path
             except (SafetensorError, ValueError, KeyError, OSError) as error:
                 fault = str(error)
         say(f"checkpoint {path} skipped: {fault}")
@@ -94,13 +131,18 @@ def optimizer_tensors(
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    own: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, whole: whole,
 ) -> None:
-    """Puts back what `optimizer_tensors` gave. Moments go to their parameter's device, counts stay fp32."""
-    for full, tensor in tensors.items():
+    """Puts back what `optimizer_tensors` gave. Moments go to their parameter's device, counts stay fp32. own: what this
+    rank holds of a whole tensor."""
+    for full in tensors:
         if full.startswith("optimizer/"):
             _, key, name = full.split("/", 2)
-            optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device, copy=True)
+            kept = own(full, tensors[full])
+            optimizer.state[parameters[name]][key] = kept.to(parameters[name].device, copy=True)
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -130,12 +172,35 @@ def _fault(path: Path) -> str | None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in this folder, whole as it is. HouseError where it is of another format."""
+    """The checkpoint in this folder, whole as it is; its tensors are read one by one, as they are asked for.
+    HouseError where it is of another format."""
     values = json.loads((path / "state.json").read_text(encoding="utf-8"))
     check_version(path, values)
     for name in version():
         values.pop(name)
-    return Checkpoint(values.pop("step"), load_file(path / "state.safetensors"), values)
+    return Checkpoint(values.pop("step"), Stored(path, frozenset(values.pop("pieces"))), values)
+
+
+class Stored(Mapping[str, torch.Tensor]):
+    """The tensors of a checkpoint, whole, whichever files hold them. pieces: names of those in rows over all files."""
+
+    def __init__(self, folder: Path, pieces: frozenset[str]) -> None:
+        self.pieces = pieces
+        self.files = [safe_open(folder / "state.safetensors", "pt")]
+        while (folder / _file(len(self.files))).is_file():
+            self.files.append(safe_open(folder / _file(len(self.files)), "pt"))
+        self.names = list(self.files[0].keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.pieces:
+            return self.files[0].get_tensor(name)
+        return torch.cat([file.get_tensor(name) for file in self.files])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _sha256(path: Path) -> str:

@@ -15,6 +15,8 @@ from .checkpoint import Checkpoint, find_latest, save_checkpoint, step_folders
 from .data import Plan, read_units
 from .forward import inference
 from .packing import pack_plan
+from .ranks import World
+from .sharded import Spread
 from .stage import Stage, shares_of, step_values
 
 Best = dict[str, Any]
@@ -52,10 +54,10 @@ def with_plan(stage: Stage, plan: Plan, reference: Any) -> Stage:
     return replace(stage, plan=plan, reference=reference)
 
 
-def keep_best(folder: Path, best: Best, weights: dict[str, Any]) -> None:
+def keep_best(folder: Path, best: Best, weights: dict[str, Any], spread: Spread) -> None:
     """Keeps the weights of the best measurement in `folder`, beside those of earlier ones: a run that resumes from an
     older checkpoint finds what was best then."""
-    save_checkpoint(folder, Checkpoint(best["step"], weights, {}), keep=10**9)
+    save_checkpoint(folder, Checkpoint(best["step"], weights, {}), 10**9, spread.here, spread.pieces(weights))
 
 
 def prune_best(folder: Path, best: Best | None) -> None:
@@ -65,7 +67,7 @@ def prune_best(folder: Path, best: Best | None) -> None:
             shutil.rmtree(path)
 
 
-def read_best(folder: Path, best: Best | None, say: Callable[[str], None]) -> Checkpoint | None:
+def read_best(folder: Path, best: Best | None, say: Callable[[str], None], here: World) -> Checkpoint | None:
     """The weights that were best, or None where none were kept."""
-    found = find_latest(folder, say) if best is not None else None
+    found = find_latest(folder, say, here) if best is not None else None
     return found if found is not None and best is not None and found.step == best["step"] else None

@@ -75,6 +75,9 @@ class World:
         return self.told(work() if self.main else None)  # type: ignore[return-value]
 
 
+ALONE = World()
+
+
 @contextmanager
 def world() -> Iterator[World]:
     """This process among those that torchrun started; alone where it did not. Inside another `world()`, that one's.
@@ -83,7 +86,7 @@ def world() -> Iterator[World]:
     collectives break when it goes, end without a message. Only rank 0 logs warnings.
     """
     rank, size, local = (int(os.environ.get(name, alone)) for name, alone in _ENVIRONMENT)
-    here = World(rank, size, local) if size > 1 else World()
+    here = World(rank, size, local) if size > 1 else ALONE
     if size == 1 or dist.is_initialized():
         yield here
         return

@@ -20,7 +20,8 @@ from .data import Plan, Units, kl_units
 from .forward import inference, pack_logps
 from .objectives import Loss
 from .packing import Ints, pack_plan
-from .ranks import World, divided
+from .ranks import divided
+from .sharded import Spread
 
 Tell = Callable[[int, int], None]
 
@@ -36,14 +37,13 @@ class Reference:
 
 
 def reference_of(
-    policy: PreTrainedModel,
+    policy: Spread,
     plan: Plan,
     loss: Loss,
     capacity: int,
     context: int | None,
     weights: dict[str, Any],
     folder: Path,
-    world: World,
     tell: Tell,
 ) -> Reference | None:
     """The reference that `loss` needs, from `folder` where it lies there, else computed and kept. None: it needs none.
@@ -55,16 +55,16 @@ def reference_of(
     strangers = _strangers(plan.units, capacity, context) if "kl" in loss.tensors else None
     key = _key(plan, [loss.tensors.count("kl"), capacity, context, weights])
     path = folder / f"{key}.parquet"
-    found = world.first(lambda: _read(path))
+    found = policy.here.first(lambda: _read(path))
     if found is None:
         packs = [] if strangers is None else pack_plan(strangers.lengths, capacity)
         total = len(plan.packs) + len(packs)
-        answers = _sums(policy, plan.units, plan.packs, world, lambda done: tell(done, total))
+        answers = _sums(policy, plan.units, plan.packs, lambda done: tell(done, total))
         others = None
         if strangers is not None:
-            others = _sums(policy, strangers, packs, world, lambda done: tell(len(plan.packs) + done, total))
+            others = _sums(policy, strangers, packs, lambda done: tell(len(plan.packs) + done, total))
         found = answers, others
-        if world.main:
+        if policy.here.main:
             _write(path, plan.units, answers, others)
     return Reference(found[0], strangers, found[1])
 
@@ -80,18 +80,16 @@ def document_sums(policy: PreTrainedModel, units: Units, members: Ints) -> torch
     return torch.zeros(count, device=logps.device).index_add(0, owners, (logps * weights).float())
 
 
-def _sums(
-    policy: PreTrainedModel, units: Units, packs: list[Ints], world: World, tell: Callable[[int], None]
-) -> NDArray[np.float32]:
+def _sums(policy: Spread, units: Units, packs: list[Ints], tell: Callable[[int], None]) -> NDArray[np.float32]:
     """(D,) weighted sums of log-probabilities of all answers; each process does its share of the packs."""
     sums = np.zeros(len(units.documents), np.float32)
     costs = [float(units.squares[pack].sum()) for pack in packs]
-    with inference(policy):
-        for done, place in enumerate(divided(costs, world.size)[world.rank]):
+    with inference(policy.model):
+        for done, place in enumerate(policy.turns(divided(costs, policy.here.size), learn=False)):
             members = packs[place]
-            sums[units.documents_of(members)] = document_sums(policy, units, members).cpu().numpy()
+            sums[units.documents_of(members)] = document_sums(policy.model, units, members).cpu().numpy()
             tell(done + 1)
-    return world.total(torch.from_numpy(sums)).numpy()
+    return policy.here.total(torch.from_numpy(sums)).numpy()
 
 
 def _key(plan: Plan, inputs: list[Any]) -> str:

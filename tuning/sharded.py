@@ -5,12 +5,13 @@ as they are, NF4 as its bytes) and its trained ones lie in rows on the ranks, ar
 its backward, and their gradients are summed to the rank that holds the rows, as is the optimizer's state. fully_shard
 takes parameters alone and gathers parameters of several dtypes as bytes, so that NF4's packed codes and block constants
 become frozen uint8 and fp32 parameters; buffers would stay whole. Embeddings, last norm and output layer stay whole on
-every rank, because `target_logprobs` needs the head outside the model's forward (1 GB each for 128,256 x 4,096 in bf16).
+every rank, since `target_logprobs` needs the head outside the model's forward (1 GB for 128,256 x 4,096 in bf16).
 
-Every rank must run the same number of forwards and backwards: one that has no pack left runs `idle` instead.
+Every rank must run the same number of forwards and backwards: `Spread.turns` gives one that has no pack left two tokens
+whose loss counts nothing.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..curation.folder import HouseError
+from .attention import hidden_states
 from .ranks import World, sum_gradients
 
 Parallel = Literal["ddp", "fsdp"]
@@ -56,14 +58,36 @@ class Spread:
     def sharded(self) -> bool:
         return isinstance(self.model.base_model, FSDPModule)
 
-    def passes(self, mine: int, most: int) -> Iterator[int | None]:
-        """Places of this rank's `mine` packs in its share of a step; then, where all ranks must keep in step, None up
-        to `most`, the longest share. The gradients are summed over ranks in the last backward alone."""
-        rounds = most if self.sharded else mine
-        for place in range(rounds):
+    def turns(self, shares: Sequence[Sequence[int]], learn: bool) -> Iterator[int]:
+        """What of `shares` (one for each rank) falls to this rank. A rank of a sharded model that is done before others
+        goes on with forwards, and where it learns backwards, that count nothing; the last backward sums gradients."""
+        mine = shares[self.here.rank]
+        rounds = max(map(len, shares)) if self.sharded else len(mine)
+        for turn in range(rounds):
             if isinstance(self.model.base_model, FSDPModule):
-                self.model.base_model.set_requires_gradient_sync(place == rounds - 1)
-            yield place if place < mine else None
+                self.model.base_model.set_requires_gradient_sync(turn == rounds - 1)
+            if turn < len(mine):
+                yield mine[turn]
+            else:
+                self._idle(learn)
+
+    def _idle(self, learn: bool) -> None:
+        device = next(self.model.parameters()).device
+        with torch.set_grad_enabled(learn):
+            states = hidden_states(
+                self.model, torch.zeros(2, dtype=torch.int64, device=device), torch.arange(2, device=device), [2]
+            )
+            if learn:
+                torch.autograd.backward((states * 0).sum())
+
+    def own(self, name: str, whole: Tensor) -> Tensor:
+        """Of a whole tensor, called ROLE/PARAMETER, what this rank holds: its rows of a sharded parameter's."""
+        rows = self.rows.get(name.rpartition("/")[2])
+        return whole if rows is None or not whole.ndim else rows.of(whole)
+
+    def pieces(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """Names, ROLE/PARAMETER, of those tensors of which this rank holds its rows alone."""
+        return {name for name, tensor in tensors.items() if name.rpartition("/")[2] in self.rows and tensor.ndim}
 
     def sum_gradients(self) -> None:
         """After the last backward of a step: the sum over ranks of every gradient, in `parameters`."""
@@ -92,15 +116,15 @@ class Spread:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside, every trained parameter of the model is whole, on the CPU, on every rank: to save it."""
-        names = [name for name in self.rows]
-        kept = {name: _owner(self.model, name) for name in names}
+        """Inside, on rank 0, every trained parameter of the model is whole and, if sharded, on the CPU: to save it."""
+        kept = {name: _owner(self.model, name) for name in self.rows}
         shards = {name: module._parameters[leaf] for name, (module, leaf) in kept.items()}
         try:
             for name, (module, leaf) in kept.items():
                 shard = shards[name]
                 assert isinstance(shard, DTensor)
-                module._parameters[leaf] = nn.Parameter(shard.detach().full_tensor().cpu())
+                full = shard.detach().full_tensor()
+                module._parameters[leaf] = nn.Parameter(full.cpu() if self.here.main else full.new_empty(0))
             yield
         finally:
             for name, (module, leaf) in kept.items():
@@ -160,8 +184,3 @@ def _local(tensor: Tensor) -> Tensor:
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
-
-
-def whole_rows(pieces: Iterable[Mapping[str, Tensor]], name: str) -> Tensor:
-    """A tensor put together of the rows that each rank, in order, holds of it."""
-    return torch.cat([piece[name] for piece in pieces])

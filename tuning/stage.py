@@ -79,7 +79,8 @@ def step_values(stage: Stage, step: int, *, learn: bool = False) -> Seen:
     kl, balance = _kl(stage, units), _balance(stage, units)
     ends = np.cumsum([len(members) for members in chosen])
     values = torch.zeros(len(VALUES), len(units), device=stage.device)
-    for place in divided([float(plan.units.squares[members].sum()) for members in chosen], here.size)[here.rank]:
+    shares_of_ranks = divided([float(plan.units.squares[members].sum()) for members in chosen], here.size)
+    for place in stage.spread.turns(shares_of_ranks, learn):
         members = chosen[place]
         inside = slice(int(ends[place]) - len(members), int(ends[place]))
         torch.manual_seed(step_seed(stage.settings.seed, step, place))
@@ -146,7 +147,8 @@ def _kl(stage: Stage, units: Ints) -> Tensor | None:
     packs = [units[pack] for pack in pack_plan(strangers.lengths[units], stage.settings.capacity)]
     ratios = [torch.zeros(2, 0, device=stage.device)]
     with inference(stage.policy):
-        for place in divided([float(strangers.squares[pack].sum()) for pack in packs], here.size)[here.rank]:
+        parts = divided([float(strangers.squares[pack].sum()) for pack in packs], here.size)
+        for place in stage.spread.turns(parts, learn=False):
             reference = torch.from_numpy(known[packs[place]]).to(stage.device)
             ratios.append(torch.stack([document_sums(stage.policy, strangers, packs[place]), reference]))
     policy, reference = torch.cat(ratios, 1)
