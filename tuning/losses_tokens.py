@@ -1,10 +1,10 @@
 """Losses of supervised target tokens: (M,) log-probabilities and weights in, (M,) weighted losses out.
 
-By name: `logps`: log p(y_t | y_<t, x); `weights`: of each target, 1 or what a span says; `owners`: the answer of each;
-`balance`: the factor of each target's task (`task_weights`). The caller sums and divides by the weight Σ w of the whole
-optimizer step, so that the loss is a mean over its targets however they are packed and accumulated. A span of weight 0
-leaves tokens out and one of weight λ makes their part of a two-part loss (the rationale of Distilling Step-by-Step,
-arXiv 2305.02301), so neither needs a function here.
+By name: `logps`: log p_t = log p(y_t | y_<t, x); `weights`: of each target, 1 or what a span says; `owners`: the answer
+of each; `balance`: the factor of each target's task (`task_weights`). The caller sums and divides by the weight Σ w of
+the whole optimizer step, so that the loss is a mean over its targets however they are packed and accumulated. A span of
+weight 0 leaves tokens out and one of weight λ makes their part of a two-part loss (the rationale of Distilling
+Step-by-Step, arXiv 2305.02301), so neither needs a function here.
 """
 
 import torch
@@ -13,14 +13,17 @@ from .losses_math import between
 
 
 def nll(logps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    r"""Weighted negative log-likelihood: -w_t log p(y_t | y_<t, x)."""
+    r"""Weighted negative log-likelihood: cross-entropy on the trained tokens.
+
+    -w_t log p_t
+    """
     return -(logps * weights)
 
 
 def fait(logps: torch.Tensor, weights: torch.Tensor, *, floor: float = 0.0) -> torch.Tensor:
     r"""Fault-aware fine-tuning (arXiv 2503.16913): tokens where right and wrong code differ weigh more while unlearnt.
 
-    -[1 + (w_t - 1) d_t] log p_t,  d_t = floor + (1 - floor) (1 - p_t), without gradient, where w_t > 1; else as `nll`
+    -[1 + (w_t - 1) d_t] log p_t,  d_t = floor + (1 - floor) (1 - p_t), without gradient, where w_t > 1; else as nll
 
     A span of weight w > 1 marks the differing tokens and says how much they weigh at most; the dynamic part d_t falls
     from 1 to `floor` as the model comes to expect the token. floor: from 0 to below 1. Divided, as every loss here, by
@@ -48,7 +51,10 @@ def mft(logps: torch.Tensor, weights: torch.Tensor, balance: torch.Tensor, *, ga
 
 
 def dft(logps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    r"""Dynamic fine-tuning (arXiv 2508.05629): -w_t p_t log p_t, no gradient through the factor p_t."""
+    r"""Dynamic fine-tuning (arXiv 2508.05629): the gradient is no longer larger for tokens thought unlikely.
+
+    -w_t p_t log p_t,  without gradient through the factor p_t
+    """
     return -(logps * weights * logps.detach().exp())
 
 
