@@ -1,14 +1,21 @@
-"""NF4: four-bit weights in bitsandbytes' format, bit for bit, in plain torch (QLoRA, arXiv 2305.14314).
+"""NF4: four-bit weights in bitsandbytes' format, bit for bit (QLoRA, arXiv 2305.14314).
 
 A weight is flattened row by row and cut into blocks of 64. Each block keeps its largest magnitude (absmax) and, per
 weight, the index of the nearest of 16 codes. Double quantisation stores the absmax themselves in 8 bits: one byte each
 into a 256-entry code, a float per 256 of them, and one offset.
+
+Three paths give the same bits: "torch" (here, anywhere), "cpu" (nf4_cpu.py, where numba is installed) and "triton"
+(nf4_triton.py, on CUDA and ROCm). `path_of` says which one a device takes; every call can ask for another.
 """
 
+import importlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from types import ModuleType
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +38,7 @@ NESTED_BLOCK = 256
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STATE = "quant_state.bitsandbytes__nf4"
+Path = Literal["torch", "cpu", "triton"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,47 +106,130 @@ def dynamic_code() -> tuple[float, ...]:
     return tuple(sorted(values))
 
 
+@cache
+def _module(path: str) -> tuple[ModuleType | None, str]:
+    """The module of a compiled path, or why there is none here."""
+    needs = {"cpu": "numba", "triton": "triton"}[path]
+    try:
+        module = importlib.import_module(f".nf4_{path}", __package__)
+    except ImportError as missing:
+        return None, f"the path {path!r} needs {needs}: {missing}"
+    if not module.usable():
+        return None, f"the path {path!r} has no code for this processor"
+    return module, ""
+
+
+@torch.compiler.assume_constant_result
+def path_of(device: torch.device | str, path: Path | None = None) -> Path:
+    """The path that quantise and dequantise take on `device`, or `path` if it can be taken there; else ValueError.
+
+    By default "cpu" on a CPU with numba, "triton" on CUDA with triton, else "torch". "triton" on a CPU is its
+    interpreter, where TRITON_INTERPRET=1 was set before triton was imported.
+    """
+    kind = torch.device(device).type
+    if path is None:
+        wanted: Path = "triton" if kind == "cuda" else "cpu"
+        return wanted if kind in ("cpu", "cuda") and _module(wanted)[0] is not None else "torch"
+    if path not in get_args(Path):
+        raise ValueError(f"NF4 path {path!r} is not one of {get_args(Path)}")
+    if path == "torch":
+        return path
+    module, reason = _module(path)
+    if module is None:
+        raise ValueError(reason)
+    if kind not in module.devices():
+        raise ValueError(f"the path {path!r} does not run on a {kind} tensor")
+    return path
+
+
+def _traced(tensor: Tensor) -> bool:
+    """Whether the call must go through torch's dispatcher, which takes 150 microseconds: a small layer takes 20."""
+    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
 def _scaled(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """`flat` (fp32) over its blocks' absmax, zero where a block is all zero, and the absmax (fp32, one a block)."""
+    """`flat` (fp32) over its blocks' absmax, and the absmax (fp32, one a block).
+
+    Zero where a block is all zero, or so small (below 3e-39) that 1 / absmax overflows.
+    """
     n = flat.numel()
     short = -n % blocksize
     blocks = torch.nn.functional.pad(flat, (0, short)).view(-1, blocksize)
     absmax = blocks.abs().amax(dim=1)
-    inverse = torch.where(absmax == 0, torch.zeros_like(absmax), 1.0 / absmax)
+    inverse = 1.0 / absmax
+    inverse = torch.where(torch.isinf(inverse), torch.zeros_like(inverse), inverse)
     return (blocks * inverse[:, None]).view(-1)[:n], absmax
 
 
-def quantise(weight: Tensor, *, blocksize: int = 64, double: bool = True) -> NF4:
+def _quantise(weight: Tensor, blocksize: int, path: str) -> tuple[Tensor, Tensor]:
+    flat = weight.reshape(-1).contiguous()
+    if path == "torch":
+        packed, absmax = _torch_quantise(flat, blocksize)
+    else:
+        module, reason = _module(path)
+        assert module is not None, reason
+        packed, absmax = module.quantise(flat, blocksize)
+    if not bool(torch.isfinite(absmax).all()):
+        raise ValueError(f"cannot quantise a weight of shape {tuple(weight.shape)} that holds inf or NaN")
+    return packed, absmax
+
+
+_quantise_op = torch.library.custom_op("gristmill::nf4_quantise", mutates_args=())(_quantise)
+
+
+@_quantise_op.register_fake
+def _(weight: Tensor, blocksize: int, path: str) -> tuple[Tensor, Tensor]:
+    n = weight.numel()
+    packed = weight.new_empty(((n + 1) // 2, 1), dtype=torch.uint8)
+    return packed, weight.new_empty((n + blocksize - 1) // blocksize, dtype=torch.float32)
+
+
+def _torch_quantise(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    scaled, absmax = _scaled(flat.float(), blocksize)
+    index = torch.bucketize(scaled, _constant(THRESHOLDS, flat.device), out_int32=True).to(torch.uint8)
+    if flat.numel() % 2:  # 0.0, as bitsandbytes pads
+        index = torch.nn.functional.pad(index, (0, 1), value=ZERO)
+    return ((index[::2] << 4) | index[1::2]).unsqueeze(1), absmax
+
+
+def quantise(weight: Tensor, *, blocksize: int = 64, double: bool = True, path: Path | None = None) -> NF4:
     """`weight` (any shape; fp32, fp16 or bf16) in NF4, by the rule of bitsandbytes' CUDA kernels.
 
-    double: quantise the block constants too, 4.127 bits a weight instead of 4.5. A block of zeros becomes exact zeros.
+    double: quantise the block constants too, 4.127 bits a weight instead of 4.5. A block of zeros becomes exact zeros,
+    and so does one below 3e-39. path: as of `path_of`.
     Raises ValueError for another dtype or block size, an empty weight, or one that holds inf or NaN.
     """
     if weight.dtype not in DTYPES.values():
         raise ValueError(f"NF4 holds fp32, fp16 or bf16 weights, not {weight.dtype}")
     if blocksize not in BLOCKS:
         raise ValueError(f"NF4 block size {blocksize} is not one of {BLOCKS}")
-    flat = weight.detach().reshape(-1).float()
-    if not flat.numel():
+    if not weight.numel():
         raise ValueError(f"cannot quantise an empty weight of shape {tuple(weight.shape)}")
-    scaled, absmax = _scaled(flat, blocksize)
-    if not bool(torch.isfinite(absmax).all()):
-        raise ValueError(f"cannot quantise a weight of shape {tuple(weight.shape)} that holds inf or NaN")
-    index = torch.bucketize(scaled, _constant(THRESHOLDS, flat.device), out_int32=True).to(torch.uint8)
-    if flat.numel() % 2:  # 0.0, as bitsandbytes pads
-        index = torch.nn.functional.pad(index, (0, 1), value=ZERO)
-    packed = ((index[::2] << 4) | index[1::2]).unsqueeze(1)
+    run = _quantise_op if _traced(weight) else _quantise
+    packed, absmax = run(weight.detach(), blocksize, path_of(weight.device, path))
     plain = NF4(packed, absmax, tuple(weight.shape), weight.dtype, blocksize)
-    return _doubly(plain) if double else plain
+    if not double:
+        return plain
+    index, nested_absmax, code, offset = (_double_op if _traced(weight) else _double)(absmax)
+    return replace(plain, absmax=index, nested_absmax=nested_absmax, nested_code=code, offset=offset)
 
 
-def _doubly(q: NF4) -> NF4:
-    """`q` with its block constants in 8 bits."""
-    offset = q.absmax.mean()
-    scaled, nested_absmax = _scaled(q.absmax - offset, NESTED_BLOCK)
-    code = _constant(dynamic_code(), q.device).clone()
+def _double(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(index, nested_absmax, nested_code, offset) of block constants in 8 bits."""
+    offset = absmax.mean()
+    scaled, nested_absmax = _scaled(absmax - offset, NESTED_BLOCK)
+    code = _constant(dynamic_code(), absmax.device).clone()
     index = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
-    return replace(q, absmax=index, nested_absmax=nested_absmax, nested_code=code, offset=offset)
+    return index, nested_absmax, code, offset
+
+
+_double_op = torch.library.custom_op("gristmill::nf4_double", mutates_args=())(_double)
+
+
+@_double_op.register_fake
+def _(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    nested = absmax.new_empty((absmax.numel() + NESTED_BLOCK - 1) // NESTED_BLOCK)
+    return absmax.new_empty(absmax.shape, dtype=torch.uint8), nested, absmax.new_empty(256), absmax.new_empty(())
 
 
 def block_absmax(q: NF4) -> Tensor:
@@ -153,7 +244,10 @@ def block_absmax(q: NF4) -> Tensor:
 
 
 def _check(q: NF4, n: int, out: Tensor | None) -> None:
+    """What a compiled path reads and writes by address must be there."""
     blocks = -(-n // q.blocksize)
+    if q.blocksize not in BLOCKS:
+        raise ValueError(f"NF4 block size {q.blocksize} is not one of {BLOCKS}")
     if q.packed.dtype != torch.uint8 or q.packed.numel() != (n + 1) // 2 or q.absmax.numel() != blocks:
         raise ValueError(
             f"NF4 of shape {q.shape} needs {(n + 1) // 2} bytes and {blocks} block constants, "
@@ -162,24 +256,93 @@ def _check(q: NF4, n: int, out: Tensor | None) -> None:
     constants = q.absmax if q.nested_absmax is None else q.nested_absmax
     if constants.dtype != torch.float32:  # a module-wide .to(bf16) would do this, and change every weight
         raise ValueError(f"NF4 block constants must stay fp32, not {constants.dtype}: move the module, do not cast it")
+    if q.nested_absmax is not None:
+        code, offset = q.nested_code, q.offset
+        if code is None or offset is None:
+            raise ValueError("a doubly quantised NF4 needs nested_absmax, nested_code and offset")
+        right = q.nested_blocksize > 0 and q.nested_absmax.numel() == -(-blocks // q.nested_blocksize)
+        if not right or q.absmax.dtype != torch.uint8 or code.numel() != 256 or offset.numel() != 1:
+            raise ValueError(
+                f"{blocks} doubly quantised block constants need a byte each ({q.absmax.dtype}), one float in "
+                f"{q.nested_blocksize} ({q.nested_absmax.numel()}), a code of 256 ({code.numel()}) and one offset"
+            )
+        if code.dtype != torch.float32 or offset.dtype != torch.float32:
+            raise ValueError(f"NF4 nested_code and offset must stay fp32, not {code.dtype} and {offset.dtype}")
     if out is not None and (out.shape != torch.Size(q.shape) or not out.is_contiguous()):
         raise ValueError(f"out must be contiguous of shape {q.shape}, not {tuple(out.shape)}")
+    elsewhere = {str(t.device) for t in q.tensors().values()} | {str(q.device if out is None else out.device)}
+    if len(elsewhere) > 1:
+        raise ValueError(f"the tensors of an NF4 and its result must lie on one device, not {sorted(elsewhere)}")
+
+
+def _dequantise(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    out: Tensor,
+    blocksize: int,
+    nested_blocksize: int,
+    path: str,
+) -> None:
+    if path == "torch":
+        q = NF4(
+            packed, absmax, tuple(out.shape), out.dtype, blocksize, nested_absmax, nested_code, offset, nested_blocksize
+        )
+        return _torch_dequantise(q, out)
+    module, reason = _module(path)
+    assert module is not None, reason
+    given = (None if t is None else t.contiguous() for t in (packed, absmax, nested_absmax, nested_code, offset))
+    module.dequantise(*given, out, blocksize, nested_blocksize)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # written by address: autograd would not know
+
+
+_dequantise_op = torch.library.custom_op("gristmill::nf4_dequantise", mutates_args=("out",))(_dequantise)
+
+
+@_dequantise_op.register_fake
+def _(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    offset: Tensor | None,
+    out: Tensor,
+    blocksize: int,
+    nested_blocksize: int,
+    path: str,
+) -> None:
+    return None
 
 
 @torch.no_grad()
-def dequantise(q: NF4, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+def dequantise(
+    q: NF4, dtype: torch.dtype | None = None, out: Tensor | None = None, *, path: Path | None = None
+) -> Tensor:
     """The weights of `q`, bit-equal to bitsandbytes: code * absmax in fp32, rounded once to `dtype` (default q.dtype).
 
-    out: a contiguous tensor of q.shape to write into; its dtype is then the result's.
+    out: a contiguous tensor of q.shape to write into; its dtype is then the result's. path: as of `path_of`.
+    ValueError where the parts of `q` do not fit together.
     """
-    n = 1
-    for side in q.shape:
-        n *= side
-    _check(q, n, out)
+    _check(q, math.prod(q.shape), out)
     if out is None:
         out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
     elif dtype is not None and out.dtype != dtype:
         raise ValueError(f"out is {out.dtype}, asked for {dtype}")
+    if out.dtype not in DTYPES.values():
+        raise ValueError(f"NF4 becomes fp32, fp16 or bf16, not {out.dtype}")
+    run = _dequantise_op if _traced(q.packed) else _dequantise
+    run(
+        q.packed, q.absmax, q.nested_absmax, q.nested_code, q.offset, out, q.blocksize, q.nested_blocksize,
+        path_of(q.device, path),
+    )  # fmt: skip
+    return out
+
+
+def _torch_dequantise(q: NF4, out: Tensor) -> None:
+    n = out.numel()
     absmax = block_absmax(q)
     code = _codes(q.packed.reshape(-1), n, out)
     flat, full = out.view(-1), n - n % q.blocksize
@@ -188,7 +351,6 @@ def dequantise(q: NF4, dtype: torch.dtype | None = None, out: Tensor | None = No
     )
     if full < n:
         torch.mul(code[full:n], absmax[-1], out=flat[full:])
-    return out
 
 
 def _codes(packed: Tensor, n: int, out: Tensor) -> Tensor:
@@ -217,16 +379,25 @@ def naive_dequantise(q: NF4, dtype: torch.dtype | None = None) -> Tensor:
     return (torch.tensor(CODE, device=q.device)[index.long()] * absmax).view(q.shape).to(dtype or q.dtype)
 
 
-def to_tensors(q: NF4, prefix: str = "weight") -> dict[str, Tensor]:
-    """`q` under the keys of bitsandbytes' files: PREFIX, PREFIX.absmax, PREFIX.quant_map, …"""
+def to_tensors(q: NF4, prefix: str = "weight", storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
+    """`q` under the keys of bitsandbytes' files: PREFIX, PREFIX.absmax, PREFIX.quant_map, …
+
+    storage: bitsandbytes' bnb_4bit_quant_storage, the dtype that the packed bytes are shown as (FSDP shards weights of
+    one dtype). ValueError where they do not fill whole numbers of it.
+    """
     state = {
         "quant_type": "nf4",
         "blocksize": q.blocksize,
         "dtype": str(q.dtype).removeprefix("torch."),
         "shape": list(q.shape),
     }
+    packed = q.packed
+    if storage != torch.uint8:
+        if packed.numel() % storage.itemsize:
+            raise ValueError(f"{prefix}: {packed.numel()} packed bytes are no whole numbers of {storage}")
+        packed = packed.reshape(-1).view(storage).unsqueeze(1)
     tensors = {
-        prefix: q.packed,
+        prefix: packed,
         f"{prefix}.absmax": q.absmax,
         f"{prefix}.quant_map": _constant(CODE, q.device).clone(),
     }
@@ -238,24 +409,33 @@ def to_tensors(q: NF4, prefix: str = "weight") -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, Tensor], prefix: str = "weight") -> NF4:
-    """The NF4 under `prefix` among bitsandbytes' keys. ValueError where one is missing or the code is not NF4's."""
+    """The NF4 under `prefix` among bitsandbytes' keys, its packed bytes under any dtype.
+
+    ValueError where a key is missing, the code is not NF4's, or the parts do not fit together.
+    """
     try:
         state = json.loads(bytes(tensors[f"{prefix}.{STATE}"].tolist()))
         packed = tensors[prefix]
         absmax, code = tensors[f"{prefix}.absmax"], tensors[f"{prefix}.quant_map"]
+        kind, shape, dtype, blocksize = (state[key] for key in ("quant_type", "shape", "dtype", "blocksize"))
+        if kind != "nf4" or not torch.equal(code.cpu().float(), torch.tensor(CODE)):
+            raise ValueError(f"{prefix}: quant_type {kind!r} with a code book that is not NF4's")
+        if dtype not in DTYPES:
+            raise ValueError(f"{prefix}: weights of {dtype}, not one of {', '.join(DTYPES)}")
+        if packed.dtype != torch.uint8 or packed.shape[1:] != (1,):
+            packed = packed.contiguous().view(-1).view(torch.uint8).view(-1, 1)
+        q = NF4(packed, absmax, tuple(shape), DTYPES[dtype], blocksize)
+        if "nested_offset" in state:
+            q = replace(
+                q,
+                nested_absmax=tensors[f"{prefix}.nested_absmax"],
+                nested_code=tensors[f"{prefix}.nested_quant_map"],
+                offset=torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device),
+                nested_blocksize=state["nested_blocksize"],
+            )
     except KeyError as missing:
         raise ValueError(f"no NF4 weight under {prefix!r}: key {missing} is missing") from None
-    if state["quant_type"] != "nf4" or not torch.equal(code.cpu().float(), torch.tensor(CODE)):
-        raise ValueError(f"{prefix}: quant_type {state['quant_type']!r} with a code book that is not NF4's")
-    if packed.dtype != torch.uint8:  # bnb_4bit_quant_storage: the same bytes under another dtype
-        packed = packed.contiguous().view(torch.uint8).view(-1, 1)
-    q = NF4(packed, absmax, tuple(state["shape"]), DTYPES[state["dtype"]], state["blocksize"])
-    if "nested_offset" not in state:
-        return q
-    return replace(
-        q,
-        nested_absmax=tensors[f"{prefix}.nested_absmax"],
-        nested_code=tensors[f"{prefix}.nested_quant_map"],
-        offset=torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device),
-        nested_blocksize=state["nested_blocksize"],
-    )
+    except json.JSONDecodeError as broken:
+        raise ValueError(f"{prefix}.{STATE} is no JSON: {broken}") from None
+    _check(q, math.prod(q.shape), None)
+    return q

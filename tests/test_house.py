@@ -32,6 +32,8 @@ LIGHT = {
 }  # all that a training node has
 LAZY = {  # imported when they are needed, and what needs them serves curation
     "kernels/int8.py": {"numba"},
+    "kernels/nf4_cpu.py": {"numba", "llvmlite"},  # without them NF4 takes the torch path
+    "kernels/nf4_triton.py": {"triton"},
     "kernels/vectors16.py": {"numba", "llvmlite"},
     "tuning/embed.py": {"sentence_transformers"},
 }
