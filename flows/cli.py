@@ -42,7 +42,7 @@ EXECUTOR = Annotated[
 FOLDER = Annotated[Path, typer.Argument(help="A run's folder.")]
 DATA = Annotated[str, typer.Argument(help="A curated folder (with manifest.json), or any data set that can be read.")]
 SETTINGS = Annotated[
-    list[str] | None, typer.Argument(help="key=value …: max_steps=100, learning_rate=1e-4, lora.rank=32, lora=null")
+    list[str] | None, typer.Argument(help="key=value …: max_steps=100, loss=simpo, loss.ipo.beta=0.2, lora.rank=32")
 ]
 MODEL = Annotated[Path, typer.Option(help="The model's folder, in Hugging Face's format.")]
 
@@ -141,8 +141,22 @@ def dpo(
     start: Annotated[Path | None, typer.Option(help="The SFT adapter to start from; also the reference.")] = None,
     licence: Annotated[str, typer.Option(help="Licence of DATA, where it has no manifest.")] = "unknown",
 ) -> None:
-    """Tune a model on preference pairs (DPO)."""
+    """Tune a model on preference pairs, or on lists of answers with scores: DPO and its kin (`gristmill losses`)."""
     _train("dpo", data, settings, model, out, start, licence)
+
+
+@app.command()
+def kto(
+    data: DATA,
+    settings: SETTINGS = None,
+    *,
+    model: MODEL,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.")],
+    start: Annotated[Path | None, typer.Option(help="The SFT adapter to start from; also the reference.")] = None,
+    licence: Annotated[str, typer.Option(help="Licence of DATA, where it has no manifest.")] = "unknown",
+) -> None:
+    """Tune a model on single answers that are good or bad (KTO)."""
+    _train("kto", data, settings, model, out, start, licence)
 
 
 def _train(
@@ -175,6 +189,27 @@ def export(
     from .progress import Terminal
 
     export_command(source, to, kind, model, dtype, Terminal())
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(help="A model's folder, in Hugging Face's format, or its name on the hub.")],
+    data: Annotated[str, typer.Argument(help="A curated folder, a run's folder, or any data set that can be read.")],
+    *,
+    adapter: Annotated[Path | None, typer.Option(help="A LoRA adapter on the model.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A .parquet file, or a folder for scores.parquet. Default: none.")
+    ] = None,
+    per_token: Annotated[bool, typer.Option("--per-token", help="Also each token's id and log-probability.")] = False,
+    source: Annotated[str, typer.Option(help="DATA's name as a source in your recipe: the row_ids are then its.")] = (
+        "data"
+    ),
+) -> None:
+    """Loss, perplexity and log-probabilities of any model on any rows, by row_id; a recipe reads them by ScoreFile."""
+    from .progress import Terminal
+    from .scoring import score_command
+
+    score_command(model, data, adapter, out, per_token, source, Terminal())
 
 
 @app.command()
@@ -290,6 +325,14 @@ def judges(name: Annotated[str | None, typer.Argument(help="One of them, with it
     from .summary import show_steps
 
     show_steps(name)
+
+
+@app.command()
+def losses(name: Annotated[str | None, typer.Argument(help="One of them, with its whole docstring.")] = None) -> None:
+    """Every loss that a stage can name: what it trains on, its paper, its options with their defaults."""
+    from .losses import show_losses
+
+    show_losses(name)
 
 
 @app.command()

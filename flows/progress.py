@@ -11,6 +11,8 @@ from typing import Any
 
 from ..curation.door import Progress
 
+NOTE_SECONDS = 30.0  # between the notes of one job in a log
+
 
 @dataclass(frozen=True)
 class Done:
@@ -19,6 +21,19 @@ class Done:
     text: str
     cached: bool = False
     data: dict[str, Any] = field(default_factory=dict)
+
+
+class Bar:
+    """What a job reports to: called with (done, total). Shows nothing."""
+
+    def __call__(self, done: int, total: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        """What is going on, in one line that the next one replaces."""
+
+    def say(self, text: str) -> None:
+        """Lines that stay."""
 
 
 class Silent:
@@ -32,7 +47,7 @@ class Silent:
 
     @contextmanager
     def bar(self, name: str) -> Iterator[Progress]:
-        yield lambda done, total: None
+        yield Bar()
 
     def finish(self, name: str, done: Done, seconds: float) -> None:
         self.done.append(name)
@@ -53,16 +68,16 @@ class Terminal(Silent):
     @contextmanager
     def bar(self, name: str) -> Iterator[Progress]:
         if not self.console.is_terminal:
-            yield lambda done, total: None
+            yield _Lines(self.console)
             return
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        notes = TextColumn("{task.fields[note]}", style="dim")
         how: dict[str, Any] = {"console": self.console, "transient": True, "speed_estimate_period": 600}
-        with Bars(*columns, TimeRemainingColumn(), **how) as bars:
-            task = bars.add_task(name, total=None)
-            yield lambda done, total: bars.update(task, completed=done, total=total or None)
+        with Bars(*columns, TimeRemainingColumn(), notes, **how) as bars:
+            yield _Drawn(bars, bars.add_task(name, total=None, note=""))
 
     def finish(self, name: str, done: Done, seconds: float) -> None:
         super().finish(name, done, seconds)
@@ -70,6 +85,36 @@ class Terminal(Silent):
         text, *notes = done.text.split("\n")
         line = f"{'=' if done.cached else '+'} {name:<28} {text:<60} {took:>8}"
         self.console.print("\n".join([line, *notes]), markup=False, style="dim" if done.cached else None)
+
+
+class _Lines(Bar):
+    """Where no bar can be drawn: a note now and then, as a line."""
+
+    def __init__(self, console: Any) -> None:
+        self.console = console
+        self.said = time.monotonic()
+
+    def note(self, text: str) -> None:
+        if time.monotonic() - self.said >= NOTE_SECONDS:
+            self.said = time.monotonic()
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        self.console.print("\n".join(f"    {line}" for line in text.split("\n")), markup=False)
+
+
+class _Drawn(_Lines):
+    """A bar on a terminal."""
+
+    def __init__(self, bars: Any, task: Any) -> None:
+        super().__init__(bars.console)
+        self.bars, self.task = bars, task
+
+    def __call__(self, done: int, total: int) -> None:
+        self.bars.update(self.task, completed=done, total=total or None)
+
+    def note(self, text: str) -> None:
+        self.bars.update(self.task, note=text)
 
 
 @contextmanager

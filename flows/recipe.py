@@ -9,7 +9,7 @@ Overrides, `key=value` with a YAML value, address
     sources.NAME.KEY  models.NAME.KEY                 models.base={path: DIR} replaces a whole entry
     sets.SET.KEY                                      held_out, kind, sources of a curated set
     sets.SET.CLASS.KEY  sets.SET.CLASS.2.KEY          a field of its step CLASS (of the second one, where there are two)
-    stages.NAME.KEY                                   sft, dpo, evaluate, or the stage's own name
+    stages.NAME.KEY                                   sft, dpo, kto, evaluate, or the stage's own name
 """
 
 import types
@@ -27,14 +27,14 @@ from ..curation.steps import CorpusJudge, Maker, Measure, RowJudge, find_steps
 from ..curation.verifying import Verifier
 from ..tuning.settings import NewModel, Training
 from .nodes import Mismatch, Pair, choice, compose, get, is_null, mapping, pairs, place, put, scalar, shown
-from .stages import Curate, Evaluate, Model, Path, Recipe, Stage, Train, check, nearest, problems
+from .stages import TRAINS_ON, Curate, Evaluate, Model, Path, Recipe, Stage, Train, check, nearest, problems
 
 __all__ = ["Curate", "Evaluate", "Model", "Recipe", "Source", "Stage", "Train", "check", "digest", "dump",
            "load_recipe", "load_text", "plain", "shipped"]  # fmt: skip
 
 T = TypeVar("T")
 RECIPES = File(__file__).with_name("recipes")
-STAGES = ("curate", "sft", "dpo", "evaluate")
+STAGES = ("curate", "sft", "dpo", "kto", "evaluate")
 
 
 def shipped() -> dict[str, File]:
@@ -286,7 +286,7 @@ class _Builder:
         kind = str(key.value)
         if kind not in STAGES:
             raise HouseError(f"{place(key)}: unknown stage {kind!r}; {nearest(kind, STAGES)}")
-        if kind in ("sft", "dpo"):
+        if kind in TRAINS_ON:
             return self.train(body, kind, path)
         return self.dataclass(body, Curate if kind == "curate" else Evaluate, path)
 

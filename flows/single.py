@@ -17,6 +17,8 @@ from .recipe import Curate, Model, Recipe, Source, build_settings
 from .run import run
 from .stages import TRAINS_ON, Objective
 
+HELD_OUT = 0.05  # share of the rows that are measured and not trained, where evaluate_every asks for some
+
 
 def train_single(
     objective: Objective,
@@ -31,31 +33,39 @@ def train_single(
     """Trains `model` in OUT/OBJECTIVE on a curated folder, or on any readable data, curated into OUT first."""
     with interrupts_wait():
         from ..tuning.loop import train
+        from ..tuning.objectives import find_loss
+        from ..tuning.ranks import world
         from .training import told
+        from .training_text import end_text
 
     how = build_settings(Training, settings)
+    find_loss(how.loss, objective)
     folder = RunFolder(out)
-    curated = Path(data)
-    if not (curated / "manifest.json").is_file():
-        curated = _curated(data, TRAINS_ON[objective][0], licence, model, folder, show)
-    home = folder.stage(objective)
+    curated, held_out = Path(data), HELD_OUT if how.evaluate_every else 0.0
+    with world() as here:
+        show = show if here.main else Silent()
+        if not (curated / "manifest.json").is_file():
+            kind = TRAINS_ON[objective][0]
+            curated = here.first(lambda: _curated(data, kind, licence, model, folder, held_out, show))
+        home = folder.stage(objective)
 
-    def do(progress: Any) -> Done:
-        done = train(objective, curated, model, home, how, adapter=start, name=objective, progress=told(progress))
-        return Done(f"{done['plan']['steps']} steps -> {home}", data=done)
+        def do(progress: Any) -> Done:
+            parts: dict[str, Any] = {"progress": told(progress), "references": folder.root / "references"}
+            done = train(objective, curated, model, home, how, adapter=start, name=objective, **parts)
+            return Done(end_text(done, home), data=done)
 
-    return timed(f"train {objective}", show, do).data
+        return timed(f"train {objective}", show, do).data
 
 
-def _curated(data: str, kind: str, licence: str, model: Path, folder: RunFolder, show: Silent) -> Path:
-    """Reads `data` into the run's folder and makes a curated set of all that can be trained on; nothing is held out."""
+def _curated(data: str, kind: str, licence: str, model: Path, folder: RunFolder, held_out: float, show: Silent) -> Path:
+    """Reads `data` into the run's folder and makes a curated set of all that can be trained on."""
     assert kind in KINDS
     name = re.sub(r"\W+", "-", folder.root.resolve().name).strip("-_") or "run"
     recipe = Recipe(
         name,
         sources=(Source("data", data, licence=licence),),
         models={"model": Model(path=str(model))},
-        stages=(Curate("data", kind=kind, sources=("data",), held_out=0.0),),  # type: ignore[arg-type]
+        stages=(Curate("data", kind=kind, sources=("data",), held_out=held_out),),  # type: ignore[arg-type]
     )
     run(recipe, folder.root, parts="curate", show=show)
     return folder.curated("data")

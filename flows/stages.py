@@ -18,21 +18,21 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
-from ..curation.benchmark_sets import EvaluationSet
 from ..curation.folder import HouseError
 from ..curation.judges.decontaminate import Decontaminate
 from ..curation.reading.source import Source
 from ..curation.shards import Kind
 from ..curation.steps import Step
+from ..curation.text.benchmark_sets import EvaluationSet
 from ..tuning.settings import NewModel, Training
 
-Objective = Literal["sft", "dpo"]
+Objective = Literal["sft", "dpo", "kto"]
 Path = tuple[str | int, ...]
 """Where a value stands in a recipe: ("stages", 2, "steps", 0, "model")."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-RESERVED = ("cache", "curated", "ledger", "measures", "models", "quarantine", "rows")  # folders of OUT
-TRAINS_ON: dict[str, tuple[str, ...]] = {"sft": ("sft",), "dpo": ("preference",)}
+RESERVED = ("cache", "curated", "ledger", "measures", "models", "quarantine", "references", "rows")  # folders of OUT
+TRAINS_ON: dict[str, tuple[str, ...]] = {"sft": ("sft",), "dpo": ("preference",), "kto": ("kto",)}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Train:
     """A stage that trains `model` on the curated set `set` (split train).
 
     name: the stage's name and folder, by default the objective. start: an earlier stage of the same model whose
-    adapter (or weights) this one continues; for dpo it is also the reference.
+    adapter (or weights) this one continues; for dpo and kto it is also the reference.
     """
 
     objective: Objective
@@ -276,6 +276,10 @@ def _bad_train(
     elif sets[stage.set].kind not in TRAINS_ON.get(stage.objective, ()):
         kinds = " or ".join(TRAINS_ON.get(stage.objective, ()))
         yield (*at, "set"), f"{stage.objective} trains on {kinds} rows; set {stage.set!r} holds {sets[stage.set].kind}"
+    if stage.settings.loss is not None:
+        yield from _bad_loss(stage, at)
+    if stage.settings.evaluate_every and stage.set in sets and not sets[stage.set].held_out:
+        yield (*at, "evaluate_every"), f"set {stage.set!r} holds no rows out (held_out: 0): nothing to evaluate on"
     if stage.model not in recipe.models:
         yield (*at, "model"), f"unknown model {stage.model!r}; {nearest(stage.model, list(recipe.models))}"
     if stage.start is None:
@@ -284,6 +288,16 @@ def _bad_train(
         yield (*at, "start"), f"no earlier stage {stage.start!r}; {nearest(stage.start, list(trained))}"
     elif trained[stage.start].model != stage.model:
         yield (*at, "start"), f"stage {stage.start!r} trains {trained[stage.start].model!r}, not {stage.model!r}"
+
+
+def _bad_loss(stage: Train, at: Path) -> Iterator[tuple[Path, str]]:
+    """A loss that is not the default is looked up before the run's first step (which loads torch)."""
+    from ..tuning.objectives import find_loss
+
+    try:
+        find_loss(stage.settings.loss, stage.objective)
+    except HouseError as error:
+        yield (*at, "loss"), str(error)
 
 
 def _bad_evaluate(

@@ -12,9 +12,10 @@ from ..tuning.models import load_tokenizer
 from ..tuning.objectives import find_loss
 from ..tuning.settings import Training
 from .models import Workshop
-from .progress import Done
+from .progress import Bar, Done
 from .recipe import Train
 from .stages import Evaluate
+from .training_text import end_text, plan_text, step_text
 
 Row = dict[str, Any]
 
@@ -37,18 +38,26 @@ def train_stage(folder: RunFolder, shop: Workshop, stage: Train, progress: Progr
         adapter=adapter,
         name=stage.name,
         progress=told(progress),
+        references=folder.root / "references",
     )
-    return Done(f"{run['plan']['steps']} steps -> {out}", cached, run)
+    return Done(end_text(run, out), cached, run)
 
 
 def told(progress: Progress) -> Callable[[Row], None]:
-    """What training tells, as progress: packs of the reference first, then optimizer steps."""
+    """What training tells, as progress: the plan, packs of the reference, then optimizer steps with what they show."""
+    bar = progress if isinstance(progress, Bar) else Bar()
 
     def tell(event: Row) -> None:
-        if event["event"] == "reference":
+        if event["event"] == "plan":
+            bar.say(plan_text(event))
+        elif event["event"] == "reference":
             progress(event["done"], event["total"])
+            bar.note(f"reference of the rows to {event['rows']}")
+        elif event["event"] == "resume":
+            bar.say(f"continues after step {event['step']:,}")
         elif event["event"] == "step":
             progress(event["step"], event["total"])
+            bar.note(step_text(event))
 
     return tell
 
@@ -81,11 +90,11 @@ def _measured(folder: RunFolder, shop: Workshop, stage: Evaluate, progress: Prog
 
 
 def _pairs(shop: Workshop, stage: Evaluate) -> list[tuple[str, str]]:
-    """(policy, reference) for a preference set: each dpo stage against its start, and that start against itself."""
+    """(policy, reference) for a preference set: each dpo or kto stage against its start, and that against itself."""
     pairs: list[tuple[str, str]] = []
     trained = shop.recipe.trained()
     for name in stage.models:
-        if name in trained and trained[name].objective == "dpo":
+        if name in trained and trained[name].objective in ("dpo", "kto"):
             start = trained[name].start or trained[name].model
             pairs += [pair for pair in ((start, start), (name, start)) if pair not in pairs]
     return pairs
@@ -109,6 +118,8 @@ def _preference(shop: Workshop, name: str, start: str, rows: Any) -> list[Row]:
     policy = shop.load(name)
     reference = policy if start == name else shop.load(start)
     stage = shop.recipe.trained().get(name)
-    beta = find_loss("dpo" if stage is None or stage.objective != "dpo" else stage.settings.loss, "dpo").beta
+    beta = find_loss(None, "dpo").beta
+    if stage is not None and stage.objective in ("dpo", "kto"):
+        beta = find_loss(stage.settings.loss, stage.objective).beta
     found = evaluate_preference(policy, reference, tokenizer, rows, beta, _capacity(shop, name))
     return [{"metric": m, "value": found[m], "rows": found["pairs"]} for m in ("accuracy", "margin")]

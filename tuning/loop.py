@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import pyarrow as pa
 import torch
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..curation.folder import HouseError, read_json, whole_folder, write_json
 from .checkpoint import Checkpoint, find_latest, optimizer_tensors, remove_torn, restore_optimizer, save_checkpoint
-from .data import Objective, Plan, make_plan, read_rows, read_units, write_plan
+from .data import Family, Objective, Plan, make_plan, read_rows, read_units, write_plan
 from .forward import context_of
 from .held_out import Best, held_out_plan, keep_best, measure, prune_best, read_best, with_plan
 from .lora import LoraLinear, add_lora, load_adapter, save_adapter
@@ -34,12 +34,12 @@ from .objectives import Loss, find_loss
 from .optim import learning_rate, make_optimizer, set_rate
 from .outlook import Outlook, enough_memory, outlook
 from .place import Place, training_place
-from .ranks import World, world
+from .ranks import world
 from .recompute import recompute
 from .records import begun, cut_metrics, folder_digest, run_inputs, run_key, write_row_losses
 from .reference import Reference, reference_of
 from .settings import Training
-from .sharded import spread
+from .sharded import Spread, spread
 from .stage import VALUES, Seen, Stage, accumulate, shares_of
 from .trackers import Track, check_trackers, trackers
 
@@ -83,7 +83,7 @@ def train(
         with continuable(out), training_place(settings, past) as place:
             config = AutoConfig.from_pretrained(model, local_files_only=True)
             tokenizer, context = load_tokenizer(model), context_of(config)
-            plan = _plan(loss, tokenizer, data, settings, context)
+            plan = _plan(read_rows(objective, data), loss.family, tokenizer, settings, context)
             held = None
             if settings.evaluate_every:
                 held = held_out_plan(loss.family, tokenizer, data, settings.capacity, context)
@@ -99,12 +99,12 @@ def train(
             weights = {key: run[key] for key in ("model_digest", "adapter_digest", "device", "dtype")}
             weights["base"] = None if settings.lora is None else settings.lora.base
             with enough_memory(view, plan):
-                parts = _Parts(loss, settings, context, weights, references or out / "references", here, tell)
-                reference = _reference(policy, plan, parts, policy_of="train")
-                aside = None if held is None else (held, _reference(policy, held, parts, policy_of="held out"))
+                parts = _Parts(loss, settings, context, weights, references or out / "references", tell)
+                spreaded = spread(policy, here, settings.parallel)
+                reference = _reference(spreaded, plan, parts, policy_of="train")
+                aside = None if held is None else (held, _reference(spreaded, held, parts, policy_of="held out"))
                 recompute(policy, settings)
                 mask = mask_token_of(tokenizer) if settings.masked_thought else 0
-                spreaded = spread(policy, here, settings.parallel)
                 stage = Stage(run_key(run), loss, plan, spreaded, reference, settings, out, mask)
                 trained = _Run(stage, None if aside is None else with_plan(stage, *aside), view, tell, run)
                 best = _steps(trained)
@@ -132,19 +132,20 @@ def _suits(settings: Training, loss: Loss) -> None:
     check_trackers(settings.track)
     if settings.compile:
         raise HouseError(
-            "compile: attention is guarded by the lengths of each pack's documents, so that torch.compile would compile "
+            "compile: attention is guarded by the lengths of each pack's documents, so torch.compile would compile "
             "every pack anew; the steps are made of operations that are fused already. Leave it out"
         )
     for key in ("neftune_alpha", "masked_thought"):
         if getattr(settings, key) and loss.family != "tokens":
-            raise HouseError(f"{key} is noise on supervised inputs; {loss.name} is a loss of {loss.family}: leave it out")
+            raise HouseError(
+                f"{key} is noise on supervised inputs; {loss.name} is a loss of {loss.family}: leave it out"
+            )
 
 
 def _plan(
-    loss: Loss, tokenizer: PreTrainedTokenizerBase, data: Path, settings: Training, context: int | None
+    rows: pa.Table, family: Family, tokenizer: PreTrainedTokenizerBase, settings: Training, context: int | None
 ) -> Plan:
-    rows = read_rows(loss.family, data)
-    return make_plan(read_units(loss.family, tokenizer, rows, settings.capacity, settings.overlong, context), settings)
+    return make_plan(read_units(family, tokenizer, rows, settings.capacity, settings.overlong, context), settings)
 
 
 def _excluded(plan: Plan) -> dict[str, list[str]]:
@@ -166,16 +167,15 @@ class _Parts:
     context: int | None
     weights: dict[str, Any]
     folder: Path
-    here: World
     tell: Progress
 
 
-def _reference(policy: PreTrainedModel, plan: Plan, parts: _Parts, *, policy_of: str) -> Reference | None:
+def _reference(policy: Spread, plan: Plan, parts: _Parts, *, policy_of: str) -> Reference | None:
     def tell(done: int, total: int) -> None:
         parts.tell({"event": "reference", "rows": policy_of, "done": done, "total": total})
 
     return reference_of(
-        policy, plan, parts.loss, parts.settings.capacity, parts.context, parts.weights, parts.folder, parts.here, tell
+        policy, plan, parts.loss, parts.settings.capacity, parts.context, parts.weights, parts.folder, tell
     )
 
 
@@ -281,8 +281,7 @@ def _measured(held: Stage, state: _State) -> dict[str, Any]:
     found = measure(held)
     if state.best is None or found["held_out_loss"] < state.best["loss"]:
         state.best = {"step": state.done, "loss": found["held_out_loss"]}
-        if held.spread.here.main:
-            keep_best(held.out / "checkpoints" / "best", state.best, _weights(held))
+        keep_best(held.out / "checkpoints" / "best", state.best, _weights(held), held.spread)
     return found
 
 
@@ -339,9 +338,10 @@ def _save(stage: Stage, optimizer: torch.optim.Optimizer, state: _State) -> None
     seen = {"seen/values": state.values, "seen/last": state.last}
     tensors = _weights(stage) | optimizer_tensors(optimizer, stage.spread.parameters) | seen
     folder = stage.out / "checkpoints"
+    checkpoint = Checkpoint(state.done, tensors, {"key": stage.key, "best": state.best})
+    pieces = stage.spread.pieces(tensors)
+    save_checkpoint(folder, checkpoint, stage.settings.keep_checkpoints, stage.spread.here, pieces)
     if stage.spread.here.main:
-        values = {"key": stage.key, "best": state.best}
-        save_checkpoint(folder, Checkpoint(state.done, tensors, values), stage.settings.keep_checkpoints)
         prune_best(folder / "best", state.best)
     state.saved = state.done
 
@@ -352,8 +352,7 @@ def _resume(stage: Stage, optimizer: torch.optim.Optimizer, state: _State, tell:
     if stage.spread.here.main:
         remove_torn(folder)
         remove_torn(folder / "best")
-    stage.spread.here.barrier()
-    found = find_latest(folder, log.warning)
+    found = find_latest(folder, log.warning, stage.spread.here)
     if found is None:
         return
     if found.values["key"] != stage.key:
@@ -361,7 +360,7 @@ def _resume(stage: Stage, optimizer: torch.optim.Optimizer, state: _State, tell:
     _put(stage, found)
     state.values.copy_(found.tensors["seen/values"])
     state.last.copy_(found.tensors["seen/last"])
-    restore_optimizer(optimizer, stage.spread.parameters, found.tensors)
+    restore_optimizer(optimizer, stage.spread.parameters, found.tensors, stage.spread.own)
     state.done = state.saved = found.step
     state.best = found.values["best"]
     if stage.spread.here.main:
@@ -372,7 +371,7 @@ def _resume(stage: Stage, optimizer: torch.optim.Optimizer, state: _State, tell:
 @torch.no_grad()
 def _put(stage: Stage, checkpoint: Checkpoint) -> None:
     for name, parameter in stage.spread.parameters.items():
-        parameter.copy_(checkpoint.tensors[f"weights/{name}"])
+        parameter.copy_(stage.spread.own(name, checkpoint.tensors[f"weights/{name}"]))
 
 
 def _check_finite(stage: Stage, step: int, loss: float, norm: float, seen: Seen, saved: int) -> None:
@@ -414,7 +413,7 @@ def _export(stage: Stage, tokenizer: PreTrainedTokenizerBase, model: Path, folde
 
 def _export_best(run: _Run, best: Best | None, tokenizer: PreTrainedTokenizerBase, model: Path) -> None:
     """The weights that did best on the held-out rows, in `best/`."""
-    found = read_best(run.stage.out / "checkpoints" / "best", best, log.warning)
+    found = read_best(run.stage.out / "checkpoints" / "best", best, log.warning, run.stage.spread.here)
     if found is not None:
         _put(run.stage, found)
         _export(run.stage, tokenizer, model, run.stage.out / "best")

@@ -56,7 +56,9 @@ class Loss:
         found = self.function(*(given[name] for name in self.tensors), **self.options)
         if not isinstance(found, Tensor) or found.shape != (size,):
             shown = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise HouseError(f"the loss {self.name} returned {shown}; a loss of {self.family} returns a tensor ({size},)")
+            raise HouseError(
+                f"the loss {self.name} returned {shown}; a loss of {self.family} returns a tensor ({size},)"
+            )
         return found
 
 
@@ -84,15 +86,36 @@ def find_loss(wanted: Wanted | None, objective: str) -> Loss:
         raise HouseError(f"loss {name}: none of its parameters says what it is a loss of: {marks}")
     if family not in OBJECTIVES[objective]:
         home = next(key for key, families in OBJECTIVES.items() if family in families)
-        raise HouseError(f"loss {name} is one of {family}; {objective} trains on {_or(OBJECTIVES[objective])}: use {home}")
+        raise HouseError(
+            f"loss {name} is one of {family}; {objective} trains on {_or(OBJECTIVES[objective])}: use {home}"
+        )
     tensors, defaults = _parameters(function)
     foreign = [tensor for tensor in tensors if tensor not in TENSORS[family]]
     if foreign:
         raise HouseError(f"loss {name} asks for {foreign[0]!r}; a loss of {family} gets {', '.join(TENSORS[family])}")
-    missing = [key for key, value in defaults.items() if value is inspect.Parameter.empty and key not in (options or {})]
+    missing = [
+        key for key, value in defaults.items() if value is inspect.Parameter.empty and key not in (options or {})
+    ]
     if missing:
         raise HouseError(f"loss {name} needs its option {missing[0]!r}")
-    return Loss(name, family, function, tensors, defaults | _options(name, options or {}, defaults))
+    return _probed(Loss(name, family, function, tensors, defaults | _options(name, options or {}, defaults)))
+
+
+def _probed(loss: Loss) -> Loss:
+    """`loss`, once two units have gone through it: options out of bounds are told at once, and so are a shape or an
+    error that a loss of one's own gives."""
+    two = torch.tensor([-1.0, -2.0])
+    given: dict[str, Any] = dict.fromkeys(loss.tensors, two)
+    given |= {"weights": torch.ones(2), "owners": torch.arange(2), "balance": torch.ones(2), "kl": torch.zeros(())}
+    given |= {"desirable": torch.tensor([True, False]), "rewards": torch.tensor([1.0, 0.0]), "lists": 2}
+    given |= dict.fromkeys([name for name in loss.tensors if name.endswith("tokens")], torch.tensor([1.0, 2.0]))
+    try:
+        loss(given, 2)
+    except HouseError as error:
+        raise HouseError(f"loss {loss.name}: {error}") from error
+    except Exception as error:  # whatever a function of the user's own raises
+        raise HouseError(f"loss {loss.name} fails on two {loss.family}: {type(error).__name__}: {error}") from error
+    return loss
 
 
 def _named(name: str, objective: str) -> Callable[..., Any]:

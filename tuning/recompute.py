@@ -30,7 +30,9 @@ def recompute(model: PreTrainedModel, settings: Training) -> int:
     on_cuda = next(model.parameters()).device.type == "cuda"
     if settings.offload and not (count and on_cuda):
         where = "runs on a CPU, whose memory is all there is" if count else "checkpoints no layer"
-        raise HouseError(f"offload: what checkpointed layers keep moves off the GPU, and this stage {where}; leave it out")
+        raise HouseError(
+            f"offload: what checkpointed layers keep moves off the GPU, and this stage {where}; leave it out"
+        )
     for layer in found[:count]:
         if not isinstance(layer, GradientCheckpointingLayer):
             raise HouseError(f"checkpointing: {type(layer).__name__} of {type(model).__name__} cannot be checkpointed")

@@ -19,7 +19,9 @@ def check_trackers(names: Sequence[str]) -> None:
     """HouseError for a tracker that is asked for and not installed: told before anything is computed."""
     for name in names:
         if find_spec(PACKAGES[name]) is None:
-            raise HouseError(f"track: {name} is not installed. Install it (pip install {PACKAGES[name]}), or leave it out")
+            raise HouseError(
+                f"track: {name} is not installed. Install it (pip install {PACKAGES[name]}), or leave it out"
+            )
 
 
 @contextmanager

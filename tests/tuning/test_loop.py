@@ -17,9 +17,14 @@ from gristmill.curation.rows import content_id, counted_row_id, message, table
 from gristmill.curation.shards import write_curated
 from gristmill.tuning import loop
 from gristmill.tuning.data import make_plan, read_rows, read_units
-from gristmill.tuning.loop import learning_rate, train
+from gristmill.tuning.loop import train
 from gristmill.tuning.models import load_model, load_tokenizer, make_model
+from gristmill.tuning.objectives import find_loss
+from gristmill.tuning.ranks import World
+from gristmill.tuning.reference import Reference
 from gristmill.tuning.settings import Lora, NewModel, Training
+from gristmill.tuning.sharded import spread
+from gristmill.tuning.stage import Stage, accumulate, shares_of
 
 WORDS = ("mill", "grist", "stone", "water", "wheel", "grain", "flour", "sack", "miller", "river", "sluice", "bread")
 SMALL = Training(
@@ -33,12 +38,17 @@ def talk(draw, most=18):
     return " ".join(draw.choices(WORDS, k=draw.randint(1, most)))
 
 
+KINDS = {"sft": "sft", "dpo": "preference", "kto": "kto"}
+
+
 def rows_of(kind, count, seed=0):
     draw = random.Random(seed)
     rows = []
     for position in range(count):
         row = {"source": "made", "position": position, "messages": [message("user", talk(draw))]}
-        if kind == "sft":
+        if kind == "kto":
+            row |= {"completion": [message("assistant", talk(draw))], "label": position % 3 != 0}
+        elif kind == "sft":
             row["messages"].append(message("assistant", talk(draw)))
         else:
             row |= {"chosen": [message("assistant", talk(draw))], "rejected": [message("assistant", talk(draw, 8))]}
@@ -61,6 +71,7 @@ def home(tmp_path_factory):
     make_model(home / "model", spec, iter([talk(random.Random(1), 400) for _ in range(20)]))
     curate(home / "sft", "sft", rows_of("sft", 40))
     curate(home / "preference", "preference", rows_of("preference", 24))
+    curate(home / "kto", "kto", rows_of("kto", 30))
     return home
 
 
@@ -76,10 +87,15 @@ def stage_of(home, objective, settings, reference=None):
     """A Stage over all weights, on the fixture's data."""
     policy = load_model(home / "model", dtype="fp32", device="cpu")
     policy.requires_grad_(True)
-    rows = read_rows(objective, home / ("sft" if objective == "sft" else "preference"))
-    units = read_units(objective, load_tokenizer(home / "model"), rows, settings.capacity, "refuse", 256)
+    loss = find_loss(settings.loss, objective)
+    rows = read_rows(objective, home / KINDS[objective])
+    units = read_units(loss.family, load_tokenizer(home / "model"), rows, settings.capacity, "refuse", 256)
     plan = make_plan(units, settings)
-    return loop.Stage("", objective, plan, policy, dict(policy.named_parameters()), reference, settings, home / "none")
+    return Stage("", loss, plan, spread(policy, World(), "ddp"), reference, settings, home / "none")
+
+
+def parameters_of(stage):
+    return stage.spread.parameters
 
 
 def alone(model, document):
@@ -117,16 +133,16 @@ def test_a_step_of_packs_equals_one_batch_of_documents_alone(home: Path) -> None
         loss = sum(losses) / sum(int(document.weights.sum()) for document in documents)
         loss.backward()
         stage.policy.zero_grad()
-        values = loop.accumulate(stage, step)
+        values = accumulate(stage, step).values
         torch.testing.assert_close(values[0], torch.stack(losses).detach(), rtol=1e-5, atol=1e-5)
-        close(stage.parameters, dict(naive.named_parameters()))
+        close(parameters_of(stage), dict(naive.named_parameters()))
 
 
 def test_a_dpo_step_of_packs_equals_one_batch_of_pairs_alone(home: Path) -> None:
-    settings = replace(SMALL, packs_per_step=6, lora=None, beta=0.2)
+    settings = replace(SMALL, packs_per_step=6, lora=None, loss={"dpo": {"beta": 0.2}})
     pairs = 24
     reference = -30 * torch.rand(pairs, 2, generator=torch.Generator().manual_seed(0))
-    stage = stage_of(home, "dpo", settings, reference)
+    stage = stage_of(home, "dpo", settings, Reference(reference.reshape(-1).numpy()))
     units, plan = stage.plan.units, stage.plan
     assert len({len(plan.packs[pack]) for pack in plan.steps[0][1]}) > 1  # packs of unequal numbers of pairs
     naive = plain(home)
@@ -136,10 +152,10 @@ def test_a_dpo_step_of_packs_equals_one_batch_of_pairs_alone(home: Path) -> None
         margins.append(0.2 * (chosen - rejected))
     margins = torch.stack(margins)
     torch.log1p(torch.exp(-margins)).mean().backward()
-    values = loop.accumulate(stage, 0)
+    values = accumulate(stage, 0).values
     torch.testing.assert_close(values[1], margins.detach(), rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(values[0], torch.log1p(torch.exp(-margins)).detach(), rtol=1e-4, atol=2e-5)
-    close(stage.parameters, dict(naive.named_parameters()))
+    close(parameters_of(stage), dict(naive.named_parameters()))
 
 
 def test_weights_of_the_rows_normalise_the_step(home: Path) -> None:
@@ -147,12 +163,12 @@ def test_weights_of_the_rows_normalise_the_step(home: Path) -> None:
     stage = stage_of(home, "sft", replace(SMALL, lora=None))
     halved = [replace(document, weights=document.weights / 2) for document in stage.plan.units.documents]
     other = replace(stage, plan=replace(stage.plan, units=replace(stage.plan.units, documents=halved)))
-    loop.accumulate(stage, 0)
-    before = {name: parameter.grad.clone() for name, parameter in stage.parameters.items()}
+    accumulate(stage, 0)
+    before = {name: parameter.grad.clone() for name, parameter in parameters_of(stage).items()}
     stage.policy.zero_grad()
-    values = loop.accumulate(other, 0)
-    torch.testing.assert_close({n: p.grad for n, p in stage.parameters.items()}, before)
-    assert loop.share_of(other, 0) == loop.share_of(stage, 0) / 2 > 0
+    values = accumulate(other, 0).values
+    torch.testing.assert_close({n: p.grad for n, p in parameters_of(stage).items()}, before)
+    assert shares_of(other, 0)[0] == 2 * shares_of(stage, 0)[0] > 0
     assert values[0].sum() > 0
 
 
@@ -224,8 +240,8 @@ def test_dpo_begins_at_ln_2_and_continues_an_adapter(home: Path, tmp_path: Path)
     assert abs(lines[1]["loss"] - math.log(2)) > 1e-4
     # the reference is the SFT adapter's, not the bare model's
     train("dpo", home / "preference", home / "model", tmp_path / "bare", settings)
-    ours, bare = (pq.read_table(tmp_path / name / "reference.parquet") for name in ("dpo", "bare"))
-    assert ours["row_id"] == bare["row_id"] and ours["chosen"] != bare["chosen"]
+    ours, bare = (pq.read_table(next((tmp_path / name / "references").iterdir())) for name in ("dpo", "bare"))
+    assert ours["row_id"] == bare["row_id"] and ours["logp"] != bare["logp"]
     assert np.float32(metrics(tmp_path / "bare")[0]["loss"]) == np.float32(math.log(2))
     with pytest.raises(HouseError, match=r"has rank 4, the stage that continues it 8: set it to 4"):
         other = replace(settings, lora=Lora(rank=8, alpha=8.0))
@@ -251,11 +267,11 @@ def killer(event, step):
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 def test_a_run_stopped_at_several_steps_ends_in_the_same_bytes(home: Path, tmp_path: Path, objective: str) -> None:
-    arguments = (objective, home / ("sft" if objective == "sft" else "preference"), home / "model")
+    arguments = (objective, home / KINDS[objective], home / "model")
     train(*arguments, tmp_path / "straight", SMALL)
     out = tmp_path / "stopped"
     for event, step in [("reference", 3), ("step", 2), ("step", 5), ("step", 7)]:
-        if event == "step" or objective == "dpo":
+        if event == "step" or objective != "sft":
             with pytest.raises(Killed):
                 train(*arguments, out, SMALL, progress=killer(event, step))
             assert json.loads((out / "run.json").read_text())["status"] == "running"
@@ -266,9 +282,11 @@ def test_a_run_stopped_at_several_steps_ends_in_the_same_bytes(home: Path, tmp_p
     kinds = [event["event"] for event in events]
     assert kinds[:3] == ["plan", "resume", "step"] and events[1]["step"] == 6
     same = ["plan.parquet", "steps.parquet", "row_losses/train.parquet", "adapter/adapter_config.json", WEIGHTS]
-    for name in [*same, *(["reference.parquet"] if objective == "dpo" else [])]:
+    kept = [path.relative_to(out).as_posix() for path in out.glob("references/*")]
+    assert len(kept) == (objective != "sft")
+    for name in same + kept:
         assert (out / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
-    timing = {"seconds", "tokens_per_s"}
+    timing = {"seconds", "tokens_per_s", "roofline_share", "memory"}
     ours, theirs = (
         [{k: line[k] for k in line.keys() - timing} for line in metrics(o)] for o in (out, tmp_path / "straight")
     )
@@ -368,8 +386,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows(
     real = loop.accumulate
 
     def broken(stage, step):
-        values = real(stage, step)
-        return values * math.nan if step == 4 else values
+        seen = real(stage, step)
+        return seen._replace(values=seen.values * math.nan) if step == 4 else seen
 
     monkeypatch.setattr(loop, "accumulate", broken)
     with pytest.raises(HouseError, match=r"step 5 of .*loss nan.*last checkpoint is of step 3") as error:
@@ -380,14 +398,6 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows(
     assert len(metrics(tmp_path)) == 4
     monkeypatch.undo()
     train("sft", home / "sft", home / "model", tmp_path, SMALL)
-
-
-def test_learning_rate_rises_and_falls_to_zero() -> None:
-    settings = Training(learning_rate=1.0, warmup=0.2)
-    rates = [learning_rate(settings, step, 10) for step in range(10)]
-    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
-    assert rates[2:] == pytest.approx(np.arange(8, 0, -1) / 8)
-    assert [learning_rate(replace(settings, warmup=w), 0, 1) for w in (0.0, 1.0)] == [1.0, 0.5]
 
 
 def test_refusals_name_what_is_wrong(home: Path, tmp_path: Path) -> None:
