@@ -215,6 +215,29 @@ def tokenise_completions(tokenizer: PreTrainedTokenizerBase, rows: pa.Table) -> 
     return examples
 
 
+def tokenise_each(tokenizer: PreTrainedTokenizerBase, rows: pa.Table) -> list[list[Tokens] | HouseError]:
+    """All that could be trained of each row (schema ROW), with its weights: of a conversation its examples, of a
+    preference row chosen and rejected, of a row with one answer that answer, of raw text its document. A row that has
+    none of them, or that the template refuses, gives the error instead."""
+    template = Template(tokenizer)
+    results: list[list[Tokens] | HouseError] = []
+    for batch in _batches(rows, ("messages", "chosen", "rejected", "text")):
+        drafts: list[list[_Draft] | HouseError] = []
+        for row in batch:
+            try:
+                drafts.append(_each(template, row))
+            except HouseError as error:
+                drafts.append(error)
+        tokens = iter(_tokenise(tokenizer, [draft for own in drafts if isinstance(own, list) for draft in own]))
+        texts = iter(tokenise_texts(tokenizer, [row["text"] for row in batch if row["text"] is not None]))
+        for row, own in zip(batch, drafts, strict=True):
+            if row["text"] is not None:
+                results.append([next(texts)])
+            else:
+                results.append(own if isinstance(own, HouseError) else [next(tokens) for _ in own])
+    return results
+
+
 def tokenise_responses(tokenizer: PreTrainedTokenizerBase, rows: pa.Table) -> list[Tokens | HouseError]:
     """The response of each row (schema ROW) after its prompt: `chosen` of a preference row, else the last assistant
     turn. A row that has none, or that the template refuses, gives the error instead."""
@@ -233,7 +256,9 @@ def tokenise_responses(tokenizer: PreTrainedTokenizerBase, rows: pa.Table) -> li
 
 def tokenise_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Tokens]:
     """Raw documents: every token is trained, and the EOS token that ends them; BOS only if the tokenizer sets one."""
-    examples = []
+    examples: list[Tokens] = []
+    if not texts:
+        return examples
     for ids in tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]:
         whole = ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
         weights = np.ones(len(whole), np.float32)
@@ -327,6 +352,21 @@ def _completion(
         _weighted(template, messages, index, tools, rendered[index], _at(spans, index - len(prompt))) for index in turns
     )
     return _Draft(whole, tuple(chain.from_iterable(pieces)))
+
+
+def _each(template: Template, row: Mapping[str, Any]) -> list[_Draft]:
+    if row["text"] is not None:
+        return []
+    messages, tools, spans = plain_messages(row["messages"]), _tools(row), row.get("spans")
+    answers = [name for name in ("chosen", "rejected") if row[name] is not None]
+    if answers:
+        return [
+            _completion(template, messages, plain_messages(row[name]), tools, _of(spans, name), name)
+            for name in answers
+        ]
+    if not any(turn["role"] == "assistant" for turn in messages):
+        raise HouseError("no assistant turn")
+    return _drafts(template, messages, tools, _of(spans, "messages"), "assistant")
 
 
 def _response(template: Template, row: Mapping[str, Any]) -> _Draft:

@@ -4,7 +4,7 @@ Every pack is padded to its capacity, the last included, so that a row meets the
 beside it: a row alone against the same row in a pack otherwise differs by up to 2e-4 in bf16.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from ..curation.door import Progress
 from ..curation.folder import HouseError
 from ..kernels.logprob import CHUNK_LOGITS, target_logprobs
-from .attention import head, hidden_states
-from .chat import Tokens, tokenise_responses, turn_opening
+from .attention import head, hidden_states, logit_form
+from .chat import Tokens, tokenise_each, tokenise_responses, turn_opening
 from .digests import model_digest
 from .forward import context_of
 from .models import load_model, load_tokenizer
@@ -69,6 +69,37 @@ class PackedScorer:
             batch = rows.slice(start, BATCH_ROWS)
             parts.append(self._scores(batch, schema, progress, start, rows.num_rows))
         return pa.concat_tables(parts) if parts else schema.empty_table()
+
+    def each(self, rows: pa.Table) -> list[list[Tokens] | HouseError]:
+        """The documents of each row (chat.tokenise_each); a HouseError too where one is longer than the model's context
+        or has nothing to predict."""
+        found = tokenise_each(self._tokenizer, rows)
+        return [item if isinstance(item, HouseError) else self._checked(item) for item in found]
+
+    def _checked(self, documents: list[Tokens]) -> list[Tokens] | HouseError:
+        longest = max((len(document.ids) for document in documents), default=0)
+        if longest > self._context:
+            return HouseError(f"{longest} tokens, more than the model's context of {self._context:g}")
+        empty = not documents or any(not target_tokens(document) for document in documents)
+        return HouseError("no target token") if empty else documents
+
+    def target_logps(
+        self, documents: Sequence[Tokens], progress: Callable[[int], None] | None = None
+    ) -> list[NDArray[np.float32]]:
+        """Log-probability of each target token of each document. progress: is told the documents done."""
+        found: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(documents)
+        done = 0
+        for places, capacity in _plan([len(document.ids) for document in documents]):
+            pack = build_pack([documents[place] for place in places], range(len(places)), pad_to=capacity)
+            with torch.inference_mode():
+                logps = _logps(self._model, pack).float().cpu().numpy()
+            edges = np.searchsorted(pack.owners, np.arange(1, len(places)))
+            for place, own in zip(places, np.split(logps, edges), strict=True):
+                found[place] = own
+            done += len(places)
+            if progress is not None:
+                progress(done)
+        return found
 
     def _scores(
         self, rows: pa.Table, schema: pa.Schema, progress: Progress | None, before: int, total: int
@@ -130,7 +161,8 @@ def _logps(model: PreTrainedModel, pack: Pack) -> Tensor:
         torch.from_numpy(np.pad(places, padding, mode="edge")).to(matrix.device) for places in (pack.sources, pack.ids)
     )
     chunk = max(1, CHUNK_LOGITS.get(matrix.device.type, 2**24) // (matrix.shape[0] * TILE)) * TILE
-    return target_logprobs(hidden[sources], matrix, ids, chunk_tokens=chunk)[: len(pack.targets)]
+    logps = target_logprobs(hidden[sources], matrix, ids, chunk_tokens=chunk, **logit_form(model))
+    return logps[: len(pack.targets)]
 
 
 def _plan(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
