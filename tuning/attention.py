@@ -17,8 +17,9 @@ from ..kernels.attention import packed_attention
 NAME = "gristmill"
 # Decoders whose only mixing of tokens is causal softmax attention through the door, each layer naming its own window.
 ARCHITECTURES = (
-    "llama", "mistral", "ministral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3",
-    "granite", "smollm3", "starcoder2",
+    "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2", "gemma3_text",
+    "vaultgemma", "olmo", "olmo2", "olmo3", "granite", "smollm3", "starcoder2", "cohere", "cohere2", "glm", "glm4",
+    "exaone4", "ernie4_5", "seed_oss", "apertus", "arcee", "cwm", "helium", "hunyuan_v1_dense",
 )  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 LAYERS = ("full_attention", "sliding_attention")
@@ -128,15 +129,27 @@ def hidden_states(
 
 
 def head(model: PreTrainedModel) -> Tensor:
-    """Weight (V, H) of the output layer, tied or not. HouseError where logits are more than states times weight."""
-    where = f"{type(model).__name__} (model_type {model.config.model_type!r})"
-    for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1.0), ("logit_scale", 1.0)):
-        value = getattr(model.config, name, neutral)
-        if value is not None and value != neutral:
-            raise HouseError(f"{where} has {name} {value}: its logits are not hidden states times the head's weight")
+    """Weight (V, H) of the output layer, tied or not."""
+    return _output_layer(model).weight
+
+
+def logit_form(model: PreTrainedModel) -> dict[str, Any]:
+    """What the model's logits are besides states times the head's weight, as `kernels.logprob.target_logprobs` is told
+    it: bias, scale (Cohere, Granite), softcap (Gemma 2); nothing for most."""
+    config, form = model.config, dict[str, Any]()
+    bias = _output_layer(model).bias
+    if bias is not None:
+        form["bias"] = bias
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    if scale != 1.0:
+        form["scale"] = scale
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        form["softcap"] = config.final_logit_softcapping
+    return form
+
+
+def _output_layer(model: PreTrainedModel) -> nn.Linear:
     layer: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(layer, nn.Linear):
-        raise HouseError(f"{where} has no linear output layer")
-    if layer.bias is not None:
-        raise HouseError(f"{where} has a bias in its output layer")
-    return layer.weight
+        raise HouseError(f"{type(model).__name__} (model_type {model.config.model_type!r}) has no linear output layer")
+    return layer

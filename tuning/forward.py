@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..kernels.logprob import target_logprobs
-from .attention import head, hidden_states
+from .attention import head, hidden_states, logit_form
 from .losses import sums_by_document
 from .packing import Pack
 
@@ -22,7 +22,7 @@ def pack_logps(model: PreTrainedModel, pack: Pack) -> tuple[torch.Tensor, torch.
     places = [pack.tokens, pack.positions, pack.sources, pack.ids, pack.weights, pack.owners]
     tokens, positions, sources, ids, weights, owners = (torch.from_numpy(place).to(device) for place in places)
     hidden = hidden_states(model, tokens, positions, pack.lengths.tolist(), pack.parents.tolist())
-    logps = target_logprobs(hidden[sources], matrix, ids)
+    logps = target_logprobs(hidden[sources], matrix, ids, **logit_form(model))
     if len(pack.entries) > len(pack.targets):
         logps = logps[torch.from_numpy(pack.entries).to(device)]
     return logps, weights, owners

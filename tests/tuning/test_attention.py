@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gristmill.curation.folder import HouseError
-from gristmill.tuning.attention import ARCHITECTURES, head, hidden_states, isolate
+from gristmill.tuning.attention import ARCHITECTURES, head, hidden_states, isolate, logit_form
 
 LENGTHS = (5, 17, 1, 5, 9)
 WINDOWS = {  # sliding windows shorter than the longest document, on all layers or some
@@ -23,10 +23,21 @@ WINDOWS = {  # sliding windows shorter than the longest document, on all layers 
     "gemma2": {
         "sliding_window": 4,
         "layer_types": ["sliding_attention", "full_attention"],
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
+        "query_pre_attn_scalar": 1,
+        "attn_logit_softcapping": 0.5,  # low ones, so that they matter to a tiny model
+        "final_logit_softcapping": 5.0,
     },
-    "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5},
+    "vaultgemma": {
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 1,
+        "attn_logit_softcapping": 0.5,
+        "final_logit_softcapping": 5.0,
+    },
+    "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "logits_scaling": 4.0},
+    "cohere2": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "exaone4": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "cwm": {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]},
+    "seed_oss": {"attention_dropout": 0.0},
 }
 
 
@@ -54,17 +65,57 @@ def row(lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor]:
     return tokens, torch.cat([torch.arange(length) for length in lengths])
 
 
+def capped(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Logits as `logit_form` says them."""
+    form = logit_form(model)
+    logits = (states @ head(model).t() + form.get("bias", 0.0)) * form.get("scale", 1.0)
+    return torch.tanh(logits / form["softcap"]) * form["softcap"] if "softcap" in form else logits
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_packed_equals_each_document_alone(kind: str) -> None:
     model = tiny(kind)
     tokens, positions = row()
     with torch.no_grad():
-        alone = [model(document[None], use_cache=False).logits[0] for document in tokens.split(list(LENGTHS))]
+        expected = torch.cat([model(document[None], use_cache=False).logits[0] for document in tokens.split(LENGTHS)])
         isolate(model)
-        states = hidden_states(model, tokens, positions, LENGTHS)
-        packed = states @ model.get_output_embeddings().weight.t()
-    expected = torch.cat(alone) * getattr(model.config, "logits_scaling", 1.0)
+        packed = capped(model, hidden_states(model, tokens, positions, LENGTHS))
     torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_answers_that_share_their_prompt_equal_each_document_alone(kind: str) -> None:
+    model = tiny(kind)
+    tokens, _ = row()
+    prompt, *answers = tokens.split([9, 1, 11, 5, 11])
+    lengths, parents = (9, 1, 11, 5, 11), (-1, 0, 0, 0, -1)
+    positions = torch.cat(
+        [torch.arange(n) + (9 if parent == 0 else 0) for n, parent in zip(lengths, parents, strict=True)]
+    )
+    alone = [torch.cat([prompt, answer]) for answer in answers[:3]] + [answers[3]]
+    with torch.no_grad():
+        expected = [model(document[None], use_cache=False).logits[0] for document in alone]
+        isolate(model)
+        packed = capped(model, hidden_states(model, tokens, positions, lengths, parents)).split(lengths)
+    for ours, theirs in zip(
+        packed, [expected[0][:9], *(logits[9:] for logits in expected[:3]), expected[3]], strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "vaultgemma"])
+def test_soft_caps_matter_here(kind: str) -> None:
+    """The comparisons above would see a forgotten cap, of attention or of logits."""
+    tokens, positions = row()
+    found = []
+    for cap in (0.5, None):
+        model = tiny(kind, attn_logit_softcapping=cap)
+        isolate(model)
+        with torch.no_grad():
+            found.append(hidden_states(model, tokens, positions, LENGTHS))
+    assert (found[0] - found[1]).abs().max() > 1e-2
+    with torch.no_grad():
+        assert (capped(model, found[0]) - found[0] @ head(model).t()).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gemma3_text", "phi3"])
@@ -161,13 +212,25 @@ def test_frequencies_that_depend_on_the_pack_are_refused() -> None:
         hidden_states(model, *row((9, 3)), (9, 3))
 
 
+def test_rope_counts_whole_documents_of_a_tree() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = tiny("llama", rope_parameters=rope, max_position_embeddings=8)
+    isolate(model)
+    tokens, positions = torch.arange(9), torch.tensor([0, 1, 2, 3, 4, 5, 5, 6, 7])
+    hidden_states(model, tokens, positions, (5, 1, 3), (-1, 0, 0))
+    with pytest.raises(HouseError, match="8 tokens, and one has 9"):
+        hidden_states(model, tokens, positions, (5, 4), (-1, 0))
+
+
 def test_head_is_the_output_layers_weight() -> None:
     model = tiny("llama", tie_word_embeddings=True)
     assert head(model) is model.get_input_embeddings().weight
     assert head(tiny("llama")).shape == (61, 32)
-    for kind, settings, name in (
-        ("granite", {"logits_scaling": 4.0}, "logits_scaling 4.0"),
-        ("gemma2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
-    ):
-        with pytest.raises(HouseError, match=name):
-            head(tiny(kind, **settings))
+
+
+def test_logit_form_says_what_logits_are_besides() -> None:
+    assert logit_form(tiny("llama")) == {}
+    assert logit_form(tiny("granite", logits_scaling=4.0)) == {"scale": 0.25}
+    assert logit_form(tiny("cohere")) == {"scale": 0.0625}
+    assert logit_form(tiny("gemma2", final_logit_softcapping=30.0)) == {"softcap": 30.0}
+    assert logit_form(tiny("phi"))["bias"].shape == (61,)
