@@ -1,12 +1,28 @@
 """Chunked target log-probabilities against log_softmax over the whole matrix: values and every gradient."""
 
+import importlib.util
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from gristmill.kernels.logprob import naive_target_logprobs, target_logprobs
+from gristmill.kernels import logprob, logprob_chunk
+from gristmill.kernels.logprob import (
+    chunk_of,
+    naive_target_logprobs,
+    path_of,
+    target_logprobs,
+    target_logprobs_lse,
+)
 
 CASES = [(1, 6, 42), (13, 6, 42), (123, 31, 431), (64, 16, 50)]
+BENT = [{"scale": 0.25}, {"softcap": 3.0}, {"scale": 2.5, "softcap": 7.0}]
 
 
 def drawn(tokens: int, width: int, words: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -31,8 +47,23 @@ def test_equals_log_softmax(tokens: int, width: int, words: int, chunk: int | No
         leaves.append(head.requires_grad_())
     added = bias.requires_grad_() if "bias" in train else None
     leaves += [] if added is None else [added]
-    ours = target_logprobs(hidden, head, targets, bias=added, chunk_tokens=chunk)
-    naive = naive_target_logprobs(hidden, head, targets, bias=added)
+    check(hidden, head, targets, dy, leaves, bias=added, chunk_tokens=chunk)
+
+
+@pytest.mark.parametrize("options", BENT, ids=str)
+@pytest.mark.parametrize("train", ["hidden", "all"])
+def test_scaled_and_capped_logits(train: str, options: dict[str, Any]) -> None:
+    hidden, head, targets, dy, bias = drawn(123, 31, 431)
+    leaves = [hidden.requires_grad_()]
+    if train == "all":
+        leaves += [head.requires_grad_(), bias.requires_grad_()]
+    check(hidden, head, targets, dy, leaves, bias=bias, chunk_tokens=50, **options)
+
+
+def check(hidden: Tensor, head: Tensor, targets: Tensor, dy: Tensor, leaves: list[Tensor], **options: Any) -> None:
+    ours = target_logprobs(hidden, head, targets, **options)
+    del options["chunk_tokens"]
+    naive = naive_target_logprobs(hidden, head, targets, **options)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, naive, rtol=1e-5, atol=1e-5)
     for one, other in zip(
@@ -118,7 +149,6 @@ def test_values_do_not_depend_on_the_other_tokens() -> None:
 def test_never_more_logits_than_a_chunk() -> None:
     """The largest tensor alive is one chunk of logits, not tokens x words."""
     hidden, head, targets, _, _ = drawn(512, 8, 1000)
-    hidden.requires_grad_()
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -130,8 +160,10 @@ def test_never_more_logits_than_a_chunk() -> None:
             )
             return result
 
+    plain = (hidden, head, targets, None, 1.0, None, 32)
     with Watch():
-        target_logprobs(hidden, head.requires_grad_(), targets, chunk_tokens=32).sum().backward()
+        _, lse, _ = logprob._forward(*plain, True, "torch")
+        logprob._backward(*plain, "torch", lse, lse, lse, [True, True, False])
     assert largest == 32 * 1000
 
 
@@ -141,3 +173,199 @@ def test_shapes_that_do_not_fit_say_so() -> None:
         target_logprobs(hidden[:, :5], head, targets)
     with pytest.raises(ValueError, match="chunk_tokens"):
         target_logprobs(hidden, head, targets, chunk_tokens=0)
+    with pytest.raises(ValueError, match=r"float16.*cast"):
+        target_logprobs(hidden.half(), head, targets)
+    with pytest.raises(ValueError, match="softcap"):
+        target_logprobs(hidden, head, targets, softcap=0.0)
+
+
+def test_targets_at_both_ends_of_the_vocabulary() -> None:
+    hidden, head, targets, dy, _ = drawn(13, 6, 42)
+    targets[::2], targets[1::2] = 0, 41
+    check(hidden.requires_grad_(), head, targets, dy, [hidden], chunk_tokens=5)
+
+
+@pytest.mark.parametrize("wrong", [-1, 42])
+def test_a_target_outside_the_vocabulary_says_so(wrong: int) -> None:
+    hidden, head, targets, _, _ = drawn(13, 6, 42)
+    targets[7] = wrong
+    with pytest.raises(IndexError, match=f"{wrong}.*vocabulary of 42"):
+        target_logprobs(hidden, head, targets)
+
+
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("options", [{}, *BENT], ids=str)
+def test_log_sum_and_its_gradient(options: dict[str, Any], train_head: bool) -> None:
+    """A z-loss, alone and beside the likelihood: Σ w log p + 0.1 lse²."""
+    hidden, head, targets, dy, _ = drawn(13, 6, 42, torch.float64)
+    hidden.requires_grad_()
+    leaves = [hidden, *([head.requires_grad_()] if train_head else [])]
+    logits = hidden @ head.t() * options.get("scale", 1.0)
+    if "softcap" in options:
+        logits = options["softcap"] * torch.tanh(logits / options["softcap"])
+    right = logits.logsumexp(1)
+    picked = logits.gather(1, targets[:, None])[:, 0]
+    values, lse = target_logprobs_lse(hidden, head, targets, chunk_tokens=5, **options)
+    torch.testing.assert_close(lse, right)
+    for ours, naive in (
+        (0.1 * lse.square().sum(), 0.1 * right.square().sum()),
+        ((values * dy + 0.1 * lse.square()).sum(), ((picked - right) * dy + 0.1 * right.square()).sum()),
+    ):
+        for one, other in zip(
+            torch.autograd.grad(ours, leaves, retain_graph=True),
+            torch.autograd.grad(naive, leaves, retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other)
+
+
+def test_the_targets_own_logit_is_not_rounded() -> None:
+    """In bf16 log p errs by the rounding of the target's product, which ours makes again in fp32."""
+    hidden, head, targets, _, _ = drawn(64, 32, 2000, torch.bfloat16)
+    hidden = hidden * 0.3
+    truth = naive_target_logprobs(hidden.double(), head.double(), targets)
+    plain = (naive_target_logprobs(hidden, head, targets) - truth).square().mean().sqrt()
+    ours = (target_logprobs(hidden, head, targets) - truth).square().mean().sqrt()
+    assert ours < plain / 3
+
+
+def test_masked_words_of_the_vocabulary() -> None:
+    """A bias of -inf takes words out, also a whole block of them."""
+    hidden, head, targets, dy, bias = drawn(13, 6, 42)
+    targets, bias[20:] = targets % 20, float("-inf")
+    check(hidden.requires_grad_(), head, targets, dy, [hidden], bias=bias, chunk_tokens=5)
+
+
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen", "trained"])
+def test_opcheck(train_head: bool) -> None:
+    hidden, head, targets, _, bias = drawn(13, 6, 42)
+    hidden.requires_grad_()
+    head.requires_grad_(train_head)
+    bias.requires_grad_(train_head)
+    arguments = (hidden, head, targets, bias, 0.5, 3.0, 5, not train_head, "torch")
+    torch.library.opcheck(torch.ops.gristmill.logprob.default, arguments)
+    plain, lse = [tensor.detach() for tensor in (hidden, head)], torch.randn(13)
+    if train_head:
+        wanted = (*plain, targets, None, 1.0, None, 5, "torch", lse, lse, lse, [True, True, False])
+        torch.library.opcheck(torch.ops.gristmill.logprob_backward.default, wanted)
+    else:
+        scaled = (*plain, targets, 1.0, 3.0, lse, lse, lse)
+        torch.library.opcheck(torch.ops.gristmill.logprob_scaled.default, scaled)
+
+
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen", "trained"])
+def test_compiles_as_one_graph(train_head: bool) -> None:
+    hidden, head, targets, dy, _ = drawn(13, 6, 42)
+    leaves = [hidden.requires_grad_(), *([head.requires_grad_()] if train_head else [])]
+
+    def loss(hidden: Tensor, head: Tensor) -> Tensor:
+        return (target_logprobs(hidden.tanh(), head, targets, chunk_tokens=5) * dy.float()).sum()
+
+    plain = torch.autograd.grad(loss(hidden, head), leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for one, other in zip(torch.autograd.grad(compiled(hidden, head), leaves), plain, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen", "trained"])
+def test_second_derivatives_are_refused(train_head: bool) -> None:
+    hidden, head, targets, dy, _ = drawn(13, 6, 42)
+    hidden.requires_grad_()
+    head.requires_grad_(train_head)
+    (first,) = torch.autograd.grad(
+        target_logprobs(hidden, head, targets) @ dy.float(), hidden, create_graph=True
+    )  # fmt: skip
+    with pytest.raises(RuntimeError):
+        first.square().sum().backward()
+
+
+def test_a_frozen_head_gets_no_gradient_and_no_work() -> None:
+    """One product forward, one for the gradient, none in the backward."""
+    hidden, head, targets, _, _ = drawn(13, 6, 42)
+    hidden.requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as run:
+        target_logprobs(hidden, head, targets).sum().backward()
+    assert sum(event.count for event in run.key_averages() if event.key == "aten::mm") == 2
+    assert head.grad is None
+
+
+def test_parts_are_equal_and_large() -> None:
+    for tokens in (1, 255, 2048, 2049, 5000, 16384):
+        for words, most in ((128_256, 2093), (32_000, 8388)):
+            chunk = chunk_of(tokens, words, "cuda")
+            parts = -(-tokens // chunk)
+            assert chunk <= most + 64 and parts == -(-tokens // most)
+            assert tokens - (parts - 1) * chunk > chunk - 64 * parts
+    assert chunk_of(1000, 10**6, "cpu") == 256
+
+
+def test_the_door_says_which_path() -> None:
+    assert path_of("cpu", torch.bfloat16) == "torch"
+    assert path_of("cuda", torch.float64) == "torch"
+
+
+Fold = Callable[..., None]
+
+
+def _shifted(fold: Fold) -> Fold:
+    return lambda products, hidden, head, targets, *rest: fold(products, hidden, head, targets.roll(1), *rest)
+
+
+def _last_words_dropped(fold: Fold) -> Fold:
+    def mutant(products: Tensor, hidden: Tensor, head: Tensor, *rest: Any) -> None:
+        cut = products[:, :-11].contiguous()
+        fold(cut, hidden, head[:-11], *rest)
+
+    return mutant
+
+
+def _wrong_sign(fold: Fold) -> Fold:
+    def mutant(products: Tensor, hidden: Tensor, head: Tensor, *rest: Any) -> None:
+        fold(products, hidden, head, *rest)
+        products.neg_()
+
+    return mutant
+
+
+@pytest.mark.parametrize("mutation", [_shifted, _last_words_dropped, _wrong_sign], ids=lambda f: f.__name__)
+def test_mutations_are_caught(mutation: Callable[[Fold], Fold], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets shifted by one, the last words left out of the sum, a gradient of the wrong sign."""
+    hidden, head, targets, dy, _ = drawn(13, 6, 42)
+    targets %= 31
+    check(hidden.requires_grad_(), head, targets, dy, [hidden], chunk_tokens=5)
+    monkeypatch.setattr(logprob_chunk, "fold", mutation(logprob_chunk.fold))
+    with pytest.raises(AssertionError):
+        check(hidden, head, targets, dy, [hidden], chunk_tokens=5)
+
+
+def test_a_forgotten_maximum_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, targets, dy, _ = drawn(13, 6, 42)
+    monkeypatch.setattr(Tensor, "amax", lambda z, **_: torch.zeros_like(z[:, :1]))
+    check(hidden.requires_grad_(), head, targets, dy, [hidden], chunk_tokens=5)  # small logits do not show it
+    assert not torch.isfinite(target_logprobs(hidden * 1e4, head, targets)).all()
+
+
+def test_equals_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's chunked operation, its file alone: importing all of trl takes ten seconds."""
+    found = importlib.util.find_spec("trl")
+    file = Path(found.origin or "").parent / "kernels" / "chunked_logprob.py" if found else Path("absent")
+    if not file.is_file():
+        pytest.skip("no TRL with kernels/chunked_logprob.py")
+    utils = ModuleType("oracle.trainer.utils")
+    utils.maybe_gather_lm_head_ctx = lambda *_, **__: nullcontext()  # type: ignore[attr-defined]
+    for name in ("oracle", "oracle.kernels", "oracle.trainer"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, utils.__name__, utils)
+    spec = importlib.util.spec_from_file_location("oracle.kernels.chunked_logprob", file)
+    assert spec is not None and spec.loader is not None
+    chunked = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(chunked)
+    hidden, head, targets, dy, bias = drawn(123, 31, 431)
+    leaves = [hidden.requires_grad_(), head.requires_grad_()]
+    ours = target_logprobs(hidden, head, targets, bias=bias, scale=0.5, softcap=4.0)
+    theirs = chunked.ChunkedLogProbFunction.apply(hidden, head, bias, targets, 1.0, 100, 4.0, 0.5, ())[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for one, other in zip(
+        torch.autograd.grad(ours, leaves, dy.float()), torch.autograd.grad(theirs, leaves, dy.float()), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
