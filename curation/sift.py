@@ -3,6 +3,7 @@
 `advance` does one step or finds it done: a killed run goes on where the last marker stands and ends in the same bytes.
 """
 
+import ctypes
 import shutil
 import tempfile
 import time
@@ -139,6 +140,7 @@ def advance(
                     raise _told(folder, plan, index, step, error) from error
                 finally:
                     live.close()
+                    _give_back()
             record["notes"] = list(dict.fromkeys(str(note.message) for note in said if note.category is UserWarning))
             record["seconds"] = round(time.monotonic() - started, 3)
             write_json(work / "step.json", record)
@@ -238,6 +240,14 @@ def _do(step: AnyStep, live: "LiveRows", work: Path) -> StepRecord:
         "inputs": step.digest(folder) if isinstance(step, Overrides) else "",
         **live.facts,
     }  # fmt: skip
+
+
+def _give_back() -> None:
+    """Hands freed memory back to the system. glibc and Arrow keep it for later: after a step over a million rows 200 to
+    600 MB, on top of which the next step would reach its own peak."""
+    pa.default_memory_pool().release_unused()
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _brought_back(work: Path) -> int:

@@ -187,7 +187,8 @@ def evenly(tables: Iterable[pa.Table], total: int, limit: int) -> Iterator[Any]:
             offsets.append(wanted - start)
             wanted = next(chosen, None)
         start += table.num_rows
-        yield from (_text(row) for row in table.select(["messages", "chosen", "text"]).take(offsets).to_pylist())
+        rows = table.select(["messages", "chosen", "text"]).take(pa.array(offsets, pa.int64()))
+        yield from (_text(row) for row in rows.to_pylist())
 
 
 def _text(row: Mapping[str, Any]) -> Any:

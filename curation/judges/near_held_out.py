@@ -13,7 +13,7 @@ from ..steps import Corpus, Unmeasured
 from ..text.view import VIEW_COLUMNS, View
 
 _VIEWS: tuple[View, ...] = ("pair", "prompt")
-GROUP_ROWS = 50_000  # training rows looked at together, at least
+GROUP_ROWS = 25_000  # training rows looked at together, at least
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class NearHeldOut(Unmeasured):
     bands are chosen so that a pair at the threshold is found with probability 0.989, each verified. ngram: words of a
     shingle; shorter texts are one shingle, near only to the same words. Reason `near_held_out`, score the similarity,
     evidence {held_out: row_id, similarity, view: pair or prompt, whichever is nearer}. Without held-out rows all stay.
-    Holds the held-out rows, and of the training rows 50,000 at a time or twice the held-out, at some 4 kB a row.
+    Holds the held-out rows, and of the training rows 25,000 at a time or as many as are held out, at some 4 kB a row.
     """
 
     threshold: float = 0.7
@@ -77,11 +77,11 @@ class NearHeldOut(Unmeasured):
 
 
 def _groups(tables: Iterable[pa.Table], held: int) -> Iterator[list[pa.Table]]:
-    """Consecutive tables of GROUP_ROWS rows or more: twice the held-out rows, which each group is compared with."""
+    """Consecutive tables of GROUP_ROWS rows or more: as many as the held-out rows, which each group is compared with."""
     group: list[pa.Table] = []
     for table in tables:
         group.append(table)
-        if sum(one.num_rows for one in group) >= max(GROUP_ROWS, 2 * held):
+        if sum(one.num_rows for one in group) >= max(GROUP_ROWS, held):
             yield group
             group = []
     if group:

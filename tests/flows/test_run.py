@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,8 +17,9 @@ import pytest
 
 from gristmill.curation.folder import HouseError, read_json
 from gristmill.curation.overrides import OVERRIDES
+from gristmill.curation.rows import message, table
 from gristmill.curation.shards import read_manifest
-from gristmill.flows.models import Workshop
+from gristmill.flows.models import Workshop, evenly
 from gristmill.flows.progress import Done, Silent
 from gristmill.flows.recipe import Recipe, load_recipe, load_text
 from gristmill.flows.run import Result, run
@@ -230,3 +232,12 @@ def test_prefect_shows_what_stood_as_cached(shared: Path, tmp_path: Path) -> Non
     assert states.pop("clean 03-ResponseLength") == "Completed"
     assert states.pop("report") == "Completed"
     assert set(states.values()) == {"Cached"} and "read chats" in states
+
+
+def test_a_sample_of_a_corpus_passes_over_parts_that_give_none() -> None:
+    def part(*prompts: str) -> Any:
+        return table([{"messages": [message("user", prompt)]} for prompt in prompts])
+
+    parts = [part("a", "b", "c", "d"), part("e"), part(), part("f", "g")]
+    assert [turns[0]["content"] for turns in evenly(parts, 7, 2)] == ["a", "d"]
+    assert [turns[0]["content"] for turns in evenly(parts, 7, 100)] == list("abcdefg")
