@@ -12,8 +12,8 @@ from ..steps import Tools
 
 @dataclass(frozen=True)
 class Length:
-    r"""Length of prompt and response (curation.text.view; of a preference row the response is `chosen`, of a raw document
-    its text).
+    r"""Length of prompt and response (curation.text.view; of a preference row the response is `chosen`, of a raw
+    document its text).
 
     prompt_words, response_words: runs of \w characters. response_chars: code points. turns: messages of the row, those
     of `chosen` included; 0 for a raw document. No nulls: what is absent has length 0.
