@@ -77,7 +77,7 @@ class NearHeldOut(Unmeasured):
 
 
 def _groups(tables: Iterable[pa.Table], held: int) -> Iterator[list[pa.Table]]:
-    """Consecutive tables of GROUP_ROWS rows, or of as many as are held out: each group is compared with all of these."""
+    """Consecutive tables of GROUP_ROWS rows, or of as many as are held out, all of which each group meets."""
     group: list[pa.Table] = []
     for table in tables:
         group.append(table)
