@@ -30,27 +30,46 @@ _COLUMNS: dict[str, dict[str, str]] = {
     "text": {"text": "text"},
 }
 _OPTIONAL = ("tools", "spans")
+# What some sets say besides, by kind: the source where there are several (tasks to balance); how good the answers are
+# where the source told it (its columns of these names, as UltraFeedback's binarized sets call them)
+_MORE: dict[str, tuple[str, ...]] = {"sft": ("source",), "preference": ("score_chosen", "score_rejected")}
 
 Tables = Callable[[], Iterable[pa.Table]]
 """Makes an iterator over tables of schema ROW, again at each call."""
 
 
 def shard_table(rows: pa.Table, kind: str, fields: Iterable[str], optional: Iterable[str]) -> pa.Table:
-    """Rows (schema ROW) in TRL's columns. `fields`: the message fields to keep; `optional`: of tools and spans, those
-    to keep. Both are decided for the whole set, so that all shards have one schema."""
+    """Rows (schema ROW) in TRL's columns. `fields`: the message fields to keep; `optional`: of tools, spans and what
+    the kind may say besides, what to keep. Both are decided for the whole set, so that all shards have one schema."""
     fields = tuple(fields)
     columns: dict[str, pa.ChunkedArray | pa.Array] = {"row_id": rows["row_id"]}
     for theirs, ours in _COLUMNS[kind].items():
         column = rows[ours]
         columns[theirs] = _narrow(column, fields) if pa.types.is_list(column.type) else column
     for name in optional:
-        columns[name] = rows[name]
+        columns[name] = _more(rows, name)
     return pa.table(columns)
 
 
 def columns_of(kind: str) -> list[str]:
     """Columns of ROW that shards of this kind are made of."""
-    return ["row_id", *_COLUMNS[kind].values(), *_OPTIONAL]
+    more = ["source" if name == "source" else "meta" for name in _MORE.get(kind, ())]
+    return list(dict.fromkeys(["row_id", *_COLUMNS[kind].values(), *_OPTIONAL, *more]))
+
+
+def _more(rows: pa.Table, name: str) -> pa.ChunkedArray | pa.Array:
+    """An optional column: of the row, or a number of that name in its meta."""
+    if name in rows.column_names:
+        return rows[name]
+    said = pc.fill_null(pc.match_substring(rows["meta"], f'"{name}"'), False)
+    if not pc.any(said).as_py():
+        return pa.nulls(rows.num_rows, pa.float64())
+    values = [
+        json.loads(meta).get(name) if told else None
+        for meta, told in zip(rows["meta"].to_pylist(), said.to_pylist(), strict=True)
+    ]
+    numbers = [float(x) if isinstance(x, int | float) and not isinstance(x, bool) else None for x in values]
+    return pa.array(numbers, pa.float64())
 
 
 class Survey:
@@ -62,13 +81,19 @@ class Survey:
         self.rows = 0
         self.bits: dict[str, int] = {}  # of Arrow memory: by column, and by message field over all message columns
         self.set: set[str] = set()
+        self.sources: set[str] = set()
 
     def of(self, tables: Iterable[pa.Table]) -> "Survey":
         for rows in tables:
             self.rows += rows.num_rows
-            for name in columns_of(self.kind):
+            for name in ("row_id", *_COLUMNS[self.kind].values(), *_OPTIONAL):
                 for chunk in rows[name].chunks:
                     self._look(name, chunk)
+            for name in _MORE.get(self.kind, ()):
+                values = _more(rows, name)
+                self._add(name, _weight(values), name != "source" and values.null_count < len(values))
+                if name == "source":
+                    self.sources |= set(pc.unique(values).to_pylist())
         return self
 
     def _look(self, name: str, chunk: pa.Array) -> None:
@@ -96,10 +121,15 @@ class Survey:
 
 
 def used(surveys: Iterable[Survey]) -> tuple[list[str], list[str]]:
-    """Message fields, and of tools and spans those columns, that are set anywhere; role and content always."""
+    """Message fields that are set anywhere, role and content always; and the optional columns that are, the source
+    where there are several."""
+    surveys = list(surveys)
     known = {name for survey in surveys for name in survey.set} | {"messages.role", "messages.content"}
+    if len({source for survey in surveys for source in survey.sources}) > 1:
+        known.add("source")
     fields = [field.name for field in MESSAGE if f"messages.{field.name}" in known]
-    return fields, [name for name in _OPTIONAL if name in known]
+    more = {name for survey in surveys for name in _MORE.get(survey.kind, ())}
+    return fields, [name for name in (*_OPTIONAL, *sorted(more)) if name in known]
 
 
 def _narrow(column: pa.ChunkedArray, fields: tuple[str, ...]) -> pa.ChunkedArray:

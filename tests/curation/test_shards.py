@@ -42,6 +42,32 @@ def test_preference_shards_have_trl_columns(tmp_path: Path, make_row: Make) -> N
     assert plain_messages(back["chosen"][0].as_py()) == [{"role": "assistant", "content": "good"}]
 
 
+def test_sources_are_named_where_there_are_several(tmp_path: Path, make_row: Make) -> None:
+    rows = [make_row(name, i, f"q{i}", "r") for i, name in enumerate("abb")]
+    write(tmp_path / "several", "sft", rows)
+    back = read_split(tmp_path / "several")
+    assert back.column_names == ["row_id", "messages", "source"] and back["source"].to_pylist() == ["a", "b", "b"]
+    write(tmp_path / "one", "sft", rows[1:], [make_row("b", 7, "q7", "r7")])
+    assert read_split(tmp_path / "one").column_names == ["row_id", "messages"]
+    write(tmp_path / "split", "sft", rows[1:], [rows[0]])  # the other source only among the held-out rows
+    assert read_split(tmp_path / "split")["source"].to_pylist() == ["b", "b"]
+    good, bad = [message("assistant", "good")], [message("assistant", "bad")]
+    pairs = [make_row(name, i, "q", None, chosen=good, rejected=bad) for i, name in enumerate("ab")]
+    write(tmp_path / "pairs", "preference", pairs)
+    assert read_split(tmp_path / "pairs").column_names == ["row_id", "prompt", "chosen", "rejected"]
+
+
+def test_scores_of_answers_are_kept_where_the_source_told_them(tmp_path: Path, make_row: Make) -> None:
+    good, bad = [message("assistant", "good")], [message("assistant", "bad")]
+    metas = ['{"score_chosen": 8.5, "score_rejected": 3}', None, '{"score_chosen": "high", "other": 1}']
+    rows = [make_row("a", i, "q", None, chosen=good, rejected=bad, meta=meta) for i, meta in enumerate(metas)]
+    write(tmp_path / "scored", "preference", rows)
+    back = read_split(tmp_path / "scored")
+    assert back.column_names == ["row_id", "prompt", "chosen", "rejected", "score_chosen", "score_rejected"]
+    assert back["score_chosen"].to_pylist() == [8.5, None, None]
+    assert back["score_rejected"].to_pylist() == [3.0, None, None]
+
+
 def test_a_field_used_in_one_part_is_in_every_shard(tmp_path: Path, make_row: Make) -> None:
     call = json.dumps([{"type": "function", "function": {"name": "f", "arguments": {}}}])
     rows = [make_row("a", 0, "q", "r"), make_row("a", 1, "q", "r", tools="[]")]
