@@ -73,8 +73,8 @@ def kto_kl(
     given the tensor [Σ ρ, N]. A step without any mismatched answer has z = 0. A scalar.
     """
     ratios = (logps - ref_logps).detach()
-    summed, count = total(torch.stack([ratios.sum(), torch.full_like(ratios.sum(), ratios.numel())]))
-    return (summed / count.clamp(min=1.0)).clamp(min=0.0)
+    sums = total(torch.stack([ratios.sum(), torch.full_like(ratios.sum(), ratios.numel())]))
+    return torch.clamp(sums[0] / sums[1].clamp(min=1.0), min=0.0)
 
 
 def kto_mismatch(units: int) -> NDArray[np.int64]:
