@@ -19,7 +19,7 @@ import yaml
 from ..curation.cards import split_rows
 from ..curation.folder import RunFolder, read_json, whole_file
 from ..curation.look import Funnel, conserved, cut, funnel, plain, records, verdict_of
-from ..curation.text import prompt_of, response_of
+from ..curation.text.view import prompt_of, response_of
 from ..curation.views import Json, connect, evaluations, stages, steps
 
 BINS = 40

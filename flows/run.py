@@ -136,8 +136,8 @@ def start(recipe: Recipe, folder: RunFolder, previous: str | None = None) -> dic
 
 def _evaluation_files(recipe: Recipe) -> None:
     """A HouseError where a Decontaminate names a file that is not there: its step comes late, hours into a long run."""
-    from ..curation.benchmark_sets import resolved
     from ..curation.judges.decontaminate import Decontaminate
+    from ..curation.text.benchmark_sets import resolved
 
     steps = [step for stage in recipe.sets().values() for step in steps_of(recipe, stage)]
     for step in steps:
