@@ -107,6 +107,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # as in load_model
         raise HouseError(f"{folder} holds no tokenizer that transformers can load: {error}") from error
     check_vocabulary(tokenizer, folder)
+    _check_embedding(tokenizer, folder)
     for missing, what in (
         (not tokenizer.chat_template, "no chat template: put one in its chat_template.jinja"),
         (tokenizer.eos_token_id is None, "no EOS token: set eos_token in its tokenizer_config.json"),
@@ -124,6 +125,19 @@ def check_vocabulary(tokenizer: Any, folder: Path) -> None:
         raise HouseError(
             f"{folder} holds no tokenizer (tokenizer.json, or a vocabulary): put the one there that the model was"
             " trained with"
+        )
+
+
+def _check_embedding(tokenizer: Any, folder: Path) -> None:
+    """HouseError where the tokenizer gives ids that the embedding has no row for."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if rows and len(tokenizer) > rows:
+        raise HouseError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model's embedding {rows} rows: the last ids"
+            " would read beyond it. Put the tokenizer there that the model was trained with, or give the model its rows"
+            " by transformers' resize_token_embeddings and save it again"
         )
 
 

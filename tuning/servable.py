@@ -10,12 +10,15 @@ MAX_RANK = 512
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, MAX_RANK)  # that --max-lora-rank may be; its default is 16
 # Of the architectures that we train, those in vLLM's registry, all of them with LoRA; some through transformers.
 ARCHITECTURES = (
-    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
-    "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM",
-    "GraniteForCausalLM", "SmolLM3ForCausalLM", "Starcoder2ForCausalLM",
+    "LlamaForCausalLM", "MistralForCausalLM", "Ministral3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+    "PhiForCausalLM", "Phi3ForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
+    "VaultGemmaForCausalLM", "OlmoForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM", "GraniteForCausalLM",
+    "SmolLM3ForCausalLM", "Starcoder2ForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM", "GlmForCausalLM",
+    "Glm4ForCausalLM", "Exaone4ForCausalLM", "Ernie4_5ForCausalLM", "SeedOssForCausalLM", "ApertusForCausalLM",
+    "ArceeForCausalLM", "CwmForCausalLM", "HunYuanDenseV1ForCausalLM",
 )  # fmt: skip
 TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj"})
-TARGETS |= {"gate_up_proj", "c_fc", "c_proj"}  # of Phi3 and Starcoder2
+TARGETS |= {"gate_up_proj", "c_fc", "c_proj", "dense", "fc1", "fc2"}  # of Phi3, GLM, Starcoder2 and Phi
 _REFUSED = (
     "modules_to_save", "layer_replication", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens",
     "trainable_token_indices", "target_parameters",

@@ -31,11 +31,11 @@ def make_base(folder: Path, kind: str = "llama", dtype: torch.dtype = torch.floa
     torch.manual_seed(0)
     tokenizer = train_tokenizer(TALK, 300, 128)
     # rows of whole NF4 blocks: bitsandbytes 0.50.2 on a CPU dequantises others (96) wrongly
-    shape: dict[str, Any] = dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=0, bos_token_id=1,
-        eos_token_id=0, tie_word_embeddings=False, initializer_range=0.1,
-    )  # fmt: skip
+    shape: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": len(tokenizer), "max_position_embeddings": 128,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 0, "tie_word_embeddings": False, "initializer_range": 0.1,
+    }  # fmt: skip
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape | more)).to(dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
