@@ -147,11 +147,11 @@ def shared_tokens(examples: Sequence[Example]) -> int:
     if len(examples) == 1:
         return 0
     first, *others = (example.ids for example in examples)
-    common = min(len(first), *(len(ids) for ids in others)) - 1
+    common = max(0, min(len(first), *(len(ids) for ids in others)) - 1)
     for ids in others:
         differing = first[:common] != ids[:common]
         common = int(differing.argmax()) if differing.any() else common
-    return max(0, common)
+    return common
 
 
 def tree_size(lengths: Sequence[int], shared: int) -> int:
