@@ -108,7 +108,7 @@ def backward_weight(base: Base, dtype: torch.dtype) -> Tensor:
     of any function here."""
     source = _source(base)
     kept = _local.buffers.kept.pop((source.data_ptr(), dtype), None)
-    if kept is None:
+    if kept is None or kept.source.data_ptr() != source.data_ptr():  # fully_shard frees storage that is still held
         return plain_weight(base, dtype)
     _local.buffers.free.append(kept.buffer)
     return kept.buffer[: torch.Size(base.shape).numel()].view(tuple(base.shape))

@@ -27,7 +27,7 @@ from .checkpoint import Checkpoint, find_latest, optimizer_tensors, remove_torn,
 from .data import Family, Objective, Plan, make_plan, read_rows, read_units, write_plan
 from .forward import context_of
 from .held_out import Best, held_out_plan, keep_best, measure, prune_best, read_best, with_plan
-from .lora import LoraLinear, add_lora, load_adapter, save_adapter
+from .lora import LoraLinear, add_lora, check_continued, load_adapter, save_adapter
 from .models import load_model, load_tokenizer
 from .noise import mask_token_of
 from .objectives import Loss, find_loss
@@ -319,10 +319,7 @@ def _policy(model: Path, adapter: Path | None, settings: Training, place: Place)
         add_lora(policy, settings.lora, settings.seed)
         return policy
     found = load_adapter(policy, adapter, settings.lora.base, trainable=True)
-    for field in ("rank", "alpha"):
-        ours, theirs = getattr(settings.lora, field), getattr(found, field)
-        if ours != theirs:
-            raise HouseError(f"{adapter} has {field} {theirs}, the stage that continues it {ours}: set it to {theirs}")
+    check_continued(policy, found, settings.lora, adapter)
     for module in policy.modules():
         if isinstance(module, LoraLinear):
             module.dropout = settings.lora.dropout

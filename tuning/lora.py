@@ -145,12 +145,6 @@ def _join(model: PreTrainedModel, name: str, act: str | None) -> None:
                 layer.shared = shared
 
 
-def rates(model: PreTrainedModel, settings: Lora) -> dict[str, float]:
-    """What each trainable parameter's learning rate is multiplied by: B's by `lora_plus_ratio` (LoRA+,
-    arXiv 2402.12354), all others' by 1."""
-    return {name: settings.lora_plus_ratio if name.endswith(".B") else 1.0 for name in trainable(model)}
-
-
 def trainable(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Every parameter that requires a gradient, by name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -293,6 +287,21 @@ def load_adapter(model: PreTrainedModel, folder: Path, base: str | None = None, 
         layer.A.requires_grad_(trainable)
         layer.B.requires_grad_(trainable)
     return settings if len(layers) == len(names) else replace(settings, targets=_leaves(model) or tuple(sorted(layers)))
+
+
+def check_continued(model: PreTrainedModel, found: Lora, wanted: Lora, folder: Path) -> None:
+    """HouseError where the adapter of `found` that `model` was given is not of the rank, scale and layers that `wanted`
+    asks for; dropout, LoRA+'s ratio and the start are free."""
+    for field in ("rank", "alpha", "rslora"):
+        ours, theirs = getattr(wanted, field), getattr(found, field)
+        if ours != theirs:
+            raise HouseError(f"{folder} has {field} {theirs}, the stage that continues it {ours}: set it to {theirs}")
+    names = [name for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
+    if _targeted(names, wanted.targets) != set(_layers(model)):
+        theirs, ours = (", ".join(one.targets) or "all linear layers" for one in (found, wanted))
+        raise HouseError(
+            f"{folder} adapts {theirs}, the stage that continues it {ours}: set lora.targets to {list(found.targets)}"
+        )
 
 
 def _fits(model: PreTrainedModel, adapters: dict[str, Lora], weights: dict[str, Tensor], folder: Path) -> None:

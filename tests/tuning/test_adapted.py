@@ -3,6 +3,7 @@ training costs and moves."""
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gristmill.curation.folder import HouseError
 from gristmill.kernels import workspace
 from gristmill.kernels.nf4 import NF4
 from gristmill.tuning.adapted import FrozenLinear, LoraLinear, LoraMlp
-from gristmill.tuning.lora import adapter_off, add_lora, load_adapter, rates, save_adapter, trainable
+from gristmill.tuning.lora import adapter_off, add_lora, check_continued, load_adapter, save_adapter, trainable
 from gristmill.tuning.settings import Lora
 
 FUSED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "granite", "smollm3")
@@ -253,11 +254,21 @@ def test_peft_s_rank_and_alpha_patterns_are_read_and_written(rslora: bool, tmp_p
     assert torch.equal(logits(again), logits(theirs))
 
 
-def test_lora_plus_says_b_learns_faster() -> None:
-    model = adapted()
-    found = rates(model, Lora(lora_plus_ratio=16.0))
-    assert set(found) == set(trainable(model))
-    assert all(rate == (16.0 if name.endswith(".B") else 1.0) for name, rate in found.items())
+def test_a_continued_adapter_must_be_what_the_stage_asks_for(tmp_path: Path) -> None:
+    settings = Lora(rank=3, base="fp32", targets=("q_proj", "mlp.up_proj"), rslora=True)
+    model = tiny()
+    add_lora(model, settings, seed=5)
+    save_adapter(model, tmp_path / "adapter", settings, "base")
+    again = tiny()
+    found = load_adapter(again, tmp_path / "adapter", trainable=True)
+    check_continued(again, found, replace(settings, dropout=0.1, lora_plus_ratio=4.0), tmp_path)
+    for change, message in (
+        ({"rank": 4}, "has rank 3, the stage that continues it 4"),
+        ({"rslora": False}, "has rslora True"),
+        ({"targets": ()}, r"adapts q_proj, up_proj, the stage that continues it all linear layers"),
+    ):
+        with pytest.raises(HouseError, match=message):
+            check_continued(again, found, replace(settings, **change), tmp_path)
 
 
 def test_gaussian_start_is_peft_s_and_is_written(tmp_path: Path) -> None:
