@@ -115,11 +115,12 @@ def kl_units(units: Units, chosen: Ints, capacity: int, context: int | None = No
     """Mismatched documents for KTO's KL term (arXiv 2402.01306, section 4.1): each chosen unit's prompt before the
     answer of another one.
 
-    units: unpaired ones. chosen: those to match with each other (of a step, or all of a stage, so that their reference
-    can be kept on disk), in order. Row i's prompt gets the answer of row i + r of them, cyclically, where r is the least shift under which fewest rows meet their own prompt's answer (data sets list
-    a prompt's good and bad answers side by side); of one row alone it is the row's own. An answer begins at its first
-    target token. Where prompt and answer exceed `capacity` or `context`, the prompt loses its head. Unit i of the
-    result is of chosen[i]'s row, labelled as that row is.
+    units: unpaired ones. chosen: those to match with each other, in order (of a step; or all, so that what a reference
+    says of them can be kept on disk). Row i's prompt gets the answer of row i + r of them, cyclically, where r is the
+    least shift under which fewest rows meet an answer to their own prompt (data sets list a prompt's good and bad
+    answers side by side); of one row alone it is the row's own. An answer begins at its first target token. Where
+    prompt and answer exceed `capacity` or `context`, the prompt loses its head. Unit i of the result is of chosen[i]'s
+    row, labelled as that row is.
     """
     limit = capacity if context is None else min(capacity, context)
     documents = [units.documents[place] for place in units.documents_of(chosen)]
