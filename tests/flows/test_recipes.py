@@ -19,7 +19,11 @@ def test_it_loads_and_dumps_back_equal(name: str) -> None:
         if isinstance(stage, Curate):
             names = [type(step).__name__ for step in full_steps(set_plan(recipe, stage))]
             assert names[0] == "HeldOut" and names[-1] == "Overrides" and "NearHeldOut" in names
-    last = recipe.stages[-1]
+
+
+@pytest.mark.parametrize("name", ["demo", "alpaca-lite"])
+def test_those_that_train_end_with_an_evaluation(name: str) -> None:
+    last = load_recipe(name).stages[-1]
     assert isinstance(last, Evaluate) and last.models == ("small", "sft", "dpo") and last.sets == ("sft", "dpo")
 
 
@@ -37,6 +41,14 @@ def test_alpaca_lite_reads_the_data_folder(monkeypatch: pytest.MonkeyPatch) -> N
     assert load_recipe("alpaca-lite").source("dolly").path == "../shared/data/dolly_sample2000.parquet"
     monkeypatch.setenv("GRISTMILL_DATA", "/elsewhere")
     assert load_recipe("alpaca-lite").source("dolly").path == "/elsewhere/dolly_sample2000.parquet"
+
+
+def test_alpaca_full_measures_once_for_both_quantiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRISTMILL_DATA", raising=False)
+    steps = load_recipe("alpaca-full").sets()["sft"].steps
+    asked = [measure for step in steps if type(step).__name__ == "ScoreQuantile" for measure in step.needs]
+    assert len(asked) == 2 and len({repr(measure) for measure in asked}) == 1
+    assert waiting_sets(load_recipe("alpaca-full")) == ()
 
 
 def test_alpaca_lite_measures_perplexity_after_the_cheap_judges() -> None:
