@@ -9,7 +9,6 @@ loss of one's own needs no entry here: a recipe names it by its dotted path.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from . import losses_lists, losses_pairs, losses_tokens, losses_unpaired
 from .losses_math import sums_by_document as sums_by_document
@@ -57,22 +56,3 @@ def sft_loss(logps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     optimizer step, so that the loss is a mean over that step's targets however they are packed and accumulated.
     """
     return -(logps * weights).sum()
-
-
-def dpo_loss(
-    policy_chosen: torch.Tensor,
-    policy_rejected: torch.Tensor,
-    ref_chosen: torch.Tensor,
-    ref_rejected: torch.Tensor,
-    beta: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""Direct preference optimisation, sigmoid form (arXiv 2305.18290, equation 7).
-
-    loss = -log σ(m),  m = β [log π(y_w|x)/π_ref(y_w|x) - log π(y_l|x)/π_ref(y_l|x)]
-
-    Each argument: (P,) log-probabilities of whole answers, summed over their tokens; w is chosen, l rejected; β is the
-    strength of the tie to the reference. Returns losses (P,) and implicit reward margins m (P,), detached. Where policy
-    and reference are equal the loss is exactly ln 2.
-    """
-    margins = beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))
-    return -F.logsigmoid(margins), margins.detach()

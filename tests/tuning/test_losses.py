@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gristmill.tuning.losses import LOSSES, dpo_loss, sft_loss, sums_by_document
+from gristmill.tuning.losses import LOSSES, sft_loss, sums_by_document
 from gristmill.tuning.losses_math import log1mexp
 
 SIZE, OWNERS = 7, [0, 0, 0, 1, 1, 2, 2]
@@ -160,13 +160,6 @@ def test_sft_loss_is_cross_entropy_of_the_weighted_targets() -> None:
     ours, theirs = torch.autograd.grad(loss, logits, retain_graph=True)[0], torch.autograd.grad(expected, logits)[0]
     torch.testing.assert_close(ours, theirs)
     assert not ours[weights == 0].any()
-
-
-def test_dpo_loss_gives_the_losses_of_dpo_and_their_margins() -> None:
-    chosen, rejected, ref_chosen, ref_rejected = -20 * torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
-    losses, margins = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.3)
-    assert torch.equal(losses, LOSSES["dpo"](chosen, rejected, ref_chosen, ref_rejected, beta=0.3))
-    torch.testing.assert_close(losses, torch.log1p(torch.exp(-margins)))
 
 
 def test_sums_by_document() -> None:
