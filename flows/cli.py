@@ -91,12 +91,14 @@ def _run(
     workers: int | None = None,
     executor: str | None = None,
 ) -> None:
+    from .launch import refuse_torchrun
     from .progress import Terminal
     from .recipe import load_recipe
     from .run import run as run_plainly
     from .run import run_in_prefect
     from .summary import show_result
 
+    refuse_torchrun("a recipe's run")
     loaded = load_recipe(recipe, overrides or ())
     show = Terminal()
     call = run_plainly if plain else run_in_prefect

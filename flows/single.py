@@ -32,9 +32,9 @@ def train_single(
 ) -> dict[str, Any]:
     """Trains `model` in OUT/OBJECTIVE on a curated folder, or on any readable data, curated into OUT first."""
     with interrupts_wait():
-        from ..tuning.loop import train
         from ..tuning.objectives import find_loss
         from ..tuning.ranks import world
+        from .launch import train_here
         from .training import told
         from .training_text import end_text
 
@@ -51,7 +51,7 @@ def train_single(
 
         def do(progress: Any) -> Done:
             parts: dict[str, Any] = {"progress": told(progress), "references": folder.root / "references"}
-            done = train(objective, curated, model, home, how, adapter=start, name=objective, **parts)
+            done = train_here(objective, curated, model, home, how, adapter=start, name=objective, **parts)
             return Done(end_text(done, home), data=done)
 
         return timed(f"train {objective}", show, do).data

@@ -7,10 +7,10 @@ from ..curation.door import Progress
 from ..curation.folder import HouseError, RunFolder, read_json, write_json
 from ..curation.shards import read_split
 from ..tuning.evaluate import evaluate_preference, evaluate_sft
-from ..tuning.loop import train
 from ..tuning.models import load_tokenizer
 from ..tuning.objectives import find_loss
 from ..tuning.settings import Training
+from .launch import train_here
 from .models import Workshop
 from .progress import Bar, Done
 from .recipe import Train
@@ -29,7 +29,7 @@ def train_stage(folder: RunFolder, shop: Workshop, stage: Train, progress: Progr
     record = out / "run.json"
     cached = record.is_file() and read_json(record)["status"] == "complete"
 
-    run = train(
+    run = train_here(
         stage.objective,
         folder.curated(stage.set),
         base,

@@ -19,7 +19,7 @@ from .objectives import Loss
 from .settings import Training
 
 INPUTS = ("objective", "loss_function", "data_digest", "model_digest", "adapter_digest", "settings")
-FREE = ("checkpointing", "offload", "parallel", "track", "keep_checkpoints")
+FREE = ("checkpointing", "offload", "parallel", "processes", "track", "keep_checkpoints")
 """Settings that may change while a stage is continued: its steps stay what they are."""
 GAINS: dict[str, str] = {"pairs": "margin", "lists": "margin", "unpaired": "reward"}
 

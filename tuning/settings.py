@@ -67,8 +67,9 @@ class Training:
 
     dtype: of the frozen weights and the computation; auto is bf16 where the device computes it natively, else fp32;
     adapters are fp32 always. checkpointing: activation checkpointing of no layer, of all layers, or of the first so
-    many; offload: keeps what it saves in the computer's memory instead of the GPU's. parallel: with torchrun, whether
-    each process holds the whole model (ddp) or a share of it (fsdp).
+    many; offload: keeps what it saves in the computer's memory instead of the GPU's. parallel: whether each of
+    several processes holds the whole model (ddp) or a share of it (fsdp); processes: how many `gristmill` starts on
+    this machine (one for each GPU), where torchrun has not started them.
 
     SFT only: neftune_alpha: noise on embeddings (arXiv 2310.05914); masked_thought: share of answer tokens hidden as
     inputs (arXiv 2403.02178). (Tasks that weigh the same are a loss: mft.)
@@ -99,6 +100,7 @@ class Training:
     offload: bool = False
     compile: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    processes: int = 1
     evaluate_every: int = 0
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
@@ -118,4 +120,5 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("warmup", 0, 1), ("decay", 0, 1), ("learning_rate", 0, inf), ("weight_decay", 0, inf), ("max_grad_norm", 0, inf),
     ("capacity", 2, inf), ("packs_per_step", 1, inf), ("neftune_alpha", 0, inf), ("masked_thought", 0, 1),
     ("evaluate_every", 0, inf), ("checkpoint_every", 1, inf), ("max_steps", 0, inf), ("epochs", 0, inf),
+    ("processes", 1, inf),
 )  # fmt: skip
