@@ -47,15 +47,16 @@ class Memory:
     trained: int  # parameters that learn, in fp32, where they are not the weights themselves
     gradients: int
     optimizer: int
-    activations: int
-    logits: int
+    activations: int  # what autograd keeps
+    logits: int  # a chunk of them
+    layer: int  # what the backward of one decoder layer works with
     buffer: int  # one dequantised matrix
 
     @property
     def total(self) -> int:
-        return (
-            self.weights + self.trained + self.gradients + self.optimizer + self.activations + self.logits + self.buffer
-        )
+        """Logits are gone when the layers' backward begins."""
+        parts = (self.weights, self.trained, self.gradients, self.optimizer, self.activations, self.buffer)
+        return sum(parts) + max(self.logits, self.layer)
 
     def record(self) -> dict[str, int]:
         """For plan.json: bytes by part, and `total`."""
@@ -71,45 +72,56 @@ def memory(needs: Needs) -> Memory:
     matrices = shape.matrices * BITS[needs.base] / 8 if needs.base is not None else 4.0 * shape.matrices
     widest = max(out * width for _, out, width in shape.linears)
     converted = frozen and needs.base != {2: "bf16", 4: "fp32"}[size]
-    step = activations(needs)
     logits = logits_bytes(needs.targets, shape.vocabulary, needs.dtype, needs.device)
     return Memory(
         weights=int(matrices + (shape.others + head) * (size if frozen else 4)),
         trained=4 * learning if frozen else 0,
         gradients=4 * learning,
         optimizer=4 * learning * STATES[needs.optimizer],
-        activations=step,
+        activations=activations(needs),
         logits=logits,
+        layer=working_bytes(needs),
         buffer=widest * size if converted else 0,
     )
 
 
 def activations(needs: Needs) -> int:
-    """Bytes that autograd keeps until the backward of a pack, and what one layer's backward works with."""
+    """Bytes that autograd keeps until the backward of a pack."""
     shape, size, tokens = needs.shape, needs.dtype.itemsize, needs.tokens
-    layer, transient = layer_bytes(needs), 3 * shape.intermediate * size * tokens
+    layer = layer_bytes(needs)
     kept = (shape.layers - needs.checkpointed) * layer + needs.checkpointed * shape.hidden * size * tokens
     if needs.offload:
         kept = layer
     elif needs.checkpointed:
         kept += layer  # one that is computed again
-    # the embeddings, the last norm's input in fp32 and its output; states at the targets and their gradients
-    ends = tokens * shape.hidden * (2 * size + 4) + 2 * needs.targets * shape.hidden * size
-    return kept + transient + ends
+    # the last norm's input in fp32 and its output; the states at the targets and their gradients
+    return kept + tokens * shape.hidden * (size + 4) + 2 * needs.targets * shape.hidden * size
 
 
 def layer_bytes(needs: Needs) -> int:
-    """Bytes that one decoder layer keeps for its backward, per pack: two norms (their input in fp32), the input of
-    q, k and v, these three and the heads' output, the input of gate and up, and four tensors of the MLP's width."""
-    shape, size = needs.shape, needs.dtype.itemsize
-    wide = 4 if size < 4 else 0  # a norm's fp32 copy of its input; in fp32 that is the input itself
-    per_token = shape.hidden * (4 * size + 2 * wide) + 4 * shape.intermediate * size
-    per_token += (2 * shape.attention + 2 * shape.keys) * size + 4 * shape.heads
+    """Bytes that one decoder layer keeps for its backward, per pack.
+
+    The inputs of its two norms, in fp32, and their outputs, which are the inputs of q, k, v and of gate, up; q, k, v
+    and the heads' output; the outputs of gate and up; of adapters the narrow products. Where all weights learn, also
+    what the norms' weights multiply, and of the MLP the activation and the product that goes down.
+    """
+    shape, size, learns = needs.shape, needs.dtype.itemsize, needs.adapters is None
+    wide = max(size, 4)
+    per_token = 2 * shape.hidden * (wide + size + learns * size)
+    per_token += 2 * (shape.attention + shape.keys) * size + 4 * shape.heads
+    per_token += (4 if learns else 2) * shape.intermediate * size
     if shape.normed_heads:
-        per_token += (shape.attention + shape.keys) * (size + wide)
+        per_token += (shape.attention + shape.keys) * wide
     if needs.rank is not None:
         per_token += needs.rank * size * len(shape.linears) // shape.layers
     return per_token * needs.tokens
+
+
+def working_bytes(needs: Needs) -> int:
+    """Bytes that the backward of one decoder layer works with: three tensors of the MLP's width and four of the
+    hidden one."""
+    shape = needs.shape
+    return (3 * shape.intermediate + 4 * shape.hidden) * needs.dtype.itemsize * needs.tokens
 
 
 def needs_of(config: Any, numbers: Mapping[str, Any], settings: Training, *, device: str, dtype: torch.dtype) -> Needs:

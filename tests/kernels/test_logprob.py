@@ -226,7 +226,7 @@ def test_the_targets_own_logit_is_not_rounded() -> None:
     truth = naive_target_logprobs(hidden.double(), head.double(), targets)
     plain = (naive_target_logprobs(hidden, head, targets) - truth).square().mean().sqrt()
     ours = (target_logprobs(hidden, head, targets) - truth).square().mean().sqrt()
-    assert ours < plain / 3
+    assert ours < plain / 2
 
 
 def test_masked_words_of_the_vocabulary() -> None:
