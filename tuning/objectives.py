@@ -181,7 +181,8 @@ def unit_losses(loss: Loss, scored: "Scored") -> tuple[Tensor, Tensor]:
 class Scored:
     """A pack's M entries under the policy, and what is known of its D answers in U units.
 
-    logps, weights, owners: (M,) as `pack_logps` gives them. first: (U + 1,) places of each unit's answers. reference:
+    logps, weights, owners: (M,) as `pack_logps` gives them. first: (U + 1,) places of each unit's answers, on
+    the CPU, so that no size waits for a GPU. reference:
     (D,) weighted sums of log-probabilities. desirable: (D,) of KTO's rows. kl: of KTO's step. rewards: (D,) of lists.
     balance: (D,) factors of the answers' tasks.
     """
@@ -207,15 +208,14 @@ class Scored:
 
     def by_unit(self, values: Tensor) -> Tensor:
         """(U,) sums of answers by their unit."""
-        return torch.zeros(len(self.first) - 1, dtype=values.dtype, device=values.device).index_add(
-            0, self.lists, values
-        )
+        zeros = torch.zeros(len(self.first) - 1, dtype=values.dtype, device=values.device)
+        return zeros.index_add(0, self.lists, values)
 
     @property
     def lists(self) -> Tensor:
         """(D,) the unit of each answer."""
-        units = torch.arange(len(self.first) - 1, device=self.first.device)
-        return units.repeat_interleave(self.first.diff(), output_size=self.answers)
+        units = torch.arange(len(self.first) - 1).repeat_interleave(self.first.diff())
+        return units.to(self.owners.device)
 
 
 def _tokens(loss: Loss, scored: Scored) -> tuple[Tensor, Tensor]:

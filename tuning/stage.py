@@ -116,7 +116,7 @@ def score(stage: Stage, members: Ints, step: int, kl: Tensor | None, balance: Te
         logps=logps,
         weights=weights,
         owners=owners,
-        first=torch.from_numpy(np.concatenate([[0], np.cumsum(units.widths[members])])).to(logps.device),
+        first=torch.from_numpy(np.concatenate([[0], np.cumsum(units.widths[members])])),
         reference=None if stage.reference is None else picked(stage.reference.answers),
         desirable=picked(units.labels),
         kl=kl,

@@ -1,6 +1,5 @@
 import json
 import math
-import random
 import signal
 import subprocess
 import sys
@@ -13,163 +12,17 @@ import pytest
 import torch
 
 from gristmill.curation.folder import HouseError
-from gristmill.curation.rows import content_id, counted_row_id, message, table
-from gristmill.curation.shards import write_curated
 from gristmill.tuning import loop
-from gristmill.tuning.data import make_plan, read_rows, read_units
 from gristmill.tuning.loop import train
-from gristmill.tuning.models import load_model, load_tokenizer, make_model
-from gristmill.tuning.objectives import find_loss
-from gristmill.tuning.ranks import World
-from gristmill.tuning.reference import Reference
-from gristmill.tuning.settings import Lora, NewModel, Training
-from gristmill.tuning.sharded import spread
-from gristmill.tuning.stage import Stage, accumulate, shares_of
+from gristmill.tuning.models import load_model, load_tokenizer
+from gristmill.tuning.settings import Lora
 
-WORDS = ("mill", "grist", "stone", "water", "wheel", "grain", "flour", "sack", "miller", "river", "sluice", "bread")
-SMALL = Training(
-    capacity=150, packs_per_step=3, epochs=2, learning_rate=1e-2, warmup=0.2, checkpoint_every=3, threads=1,
-    lora=Lora(rank=4, alpha=8.0, dropout=0.1),
-)  # fmt: skip
-WEIGHTS = "adapter/adapter_model.safetensors"
-
-
-def talk(draw, most=18):
-    return " ".join(draw.choices(WORDS, k=draw.randint(1, most)))
-
-
-KINDS = {"sft": "sft", "dpo": "preference", "kto": "kto"}
-
-
-def rows_of(kind, count, seed=0):
-    draw = random.Random(seed)
-    rows = []
-    for position in range(count):
-        row = {"source": "made", "position": position, "messages": [message("user", talk(draw))]}
-        if kind == "kto":
-            row |= {"completion": [message("assistant", talk(draw))], "label": position % 3 != 0}
-        elif kind == "sft":
-            row["messages"].append(message("assistant", talk(draw)))
-        else:
-            row |= {"chosen": [message("assistant", talk(draw))], "rejected": [message("assistant", talk(draw, 8))]}
-        row["content_id"] = content_id(row)
-        row["row_id"] = counted_row_id("made", row["content_id"], 0)
-        rows.append(row)
-    return rows
-
-
-def curate(folder, kind, rows):
-    write_curated(folder, kind, {"train": [table(rows)]}, {}, lambda manifest: {})
-    return folder
+from .small_stage import KINDS, SMALL, WEIGHTS, adapter_of, alone, make_home, metrics, plain, stage_of
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A model of some 20,000 parameters and a curated set of each kind."""
-    home = tmp_path_factory.mktemp("home")
-    spec = NewModel(params="60K", vocab=300, context=256, tokens=0)
-    make_model(home / "model", spec, iter([talk(random.Random(1), 400) for _ in range(20)]))
-    curate(home / "sft", "sft", rows_of("sft", 40))
-    curate(home / "preference", "preference", rows_of("preference", 24))
-    curate(home / "kto", "kto", rows_of("kto", 30))
-    return home
-
-
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def adapter_of(out):
-    return (out / WEIGHTS).read_bytes()
-
-
-def stage_of(home, objective, settings, reference=None):
-    """A Stage over all weights, on the fixture's data."""
-    policy = load_model(home / "model", dtype="fp32", device="cpu")
-    policy.requires_grad_(True)
-    loss = find_loss(settings.loss, objective)
-    rows = read_rows(objective, home / KINDS[objective])
-    units = read_units(loss.family, load_tokenizer(home / "model"), rows, settings.capacity, "refuse", 256)
-    plan = make_plan(units, settings)
-    return Stage("", loss, plan, spread(policy, World(), "ddp"), reference, settings, home / "none")
-
-
-def parameters_of(stage):
-    return stage.spread.parameters
-
-
-def alone(model, document):
-    """Log-probabilities of the targets of one document, by transformers' own forward pass."""
-    ids = torch.from_numpy(document.ids.astype(np.int64))
-    logits = model(input_ids=ids[None], use_cache=False).logits[0]
-    targets = np.flatnonzero(document.weights)
-    return logits[targets - 1].log_softmax(-1).gather(1, ids[targets, None])[:, 0]
-
-
-def plain(home):
-    """The model with transformers' own attention."""
-    model = load_model(home / "model", dtype="fp32", device="cpu")
-    model.set_attn_implementation("eager")
-    return model.requires_grad_(True)
-
-
-def close(ours, theirs):
-    for name, parameter in theirs.items():
-        scale = parameter.grad.abs().max().item()
-        torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-4, atol=2e-6 * max(scale, 1e-3), msg=name)
-
-
-def test_a_step_of_packs_equals_one_batch_of_documents_alone(home: Path) -> None:
-    settings = replace(SMALL, packs_per_step=5, lora=None)
-    stage = stage_of(home, "sft", settings)
-    units, plan = stage.plan.units, stage.plan
-    last = len(plan.packs) // 5  # of the first epoch: the partial one
-    assert len(plan.steps[last][1]) == len(plan.packs) % 5 > 0
-    for step in (0, last):
-        naive = plain(home)
-        documents = [units.documents[unit] for unit in plan.units_of(step)]
-        assert len({len(document.ids) for document in documents}) > 3
-        losses = [-alone(naive, document).sum() for document in documents]
-        loss = sum(losses) / sum(int(document.weights.sum()) for document in documents)
-        loss.backward()
-        stage.policy.zero_grad()
-        values = accumulate(stage, step).values
-        torch.testing.assert_close(values[0], torch.stack(losses).detach(), rtol=1e-5, atol=1e-5)
-        close(parameters_of(stage), dict(naive.named_parameters()))
-
-
-def test_a_dpo_step_of_packs_equals_one_batch_of_pairs_alone(home: Path) -> None:
-    settings = replace(SMALL, packs_per_step=6, lora=None, loss={"dpo": {"beta": 0.2}})
-    pairs = 24
-    reference = -30 * torch.rand(pairs, 2, generator=torch.Generator().manual_seed(0))
-    stage = stage_of(home, "dpo", settings, Reference(reference.reshape(-1).numpy()))
-    units, plan = stage.plan.units, stage.plan
-    assert len({len(plan.packs[pack]) for pack in plan.steps[0][1]}) > 1  # packs of unequal numbers of pairs
-    naive = plain(home)
-    margins = []
-    for unit in plan.units_of(0):
-        chosen, rejected = (alone(naive, units.documents[2 * unit + i]).sum() - reference[unit, i] for i in (0, 1))
-        margins.append(0.2 * (chosen - rejected))
-    margins = torch.stack(margins)
-    torch.log1p(torch.exp(-margins)).mean().backward()
-    values = accumulate(stage, 0).values
-    torch.testing.assert_close(values[1], margins.detach(), rtol=1e-4, atol=2e-5)
-    torch.testing.assert_close(values[0], torch.log1p(torch.exp(-margins)).detach(), rtol=1e-4, atol=2e-5)
-    close(parameters_of(stage), dict(naive.named_parameters()))
-
-
-def test_weights_of_the_rows_normalise_the_step(home: Path) -> None:
-    """Half the weight on every target changes neither loss nor gradient; on one row it halves that row's share."""
-    stage = stage_of(home, "sft", replace(SMALL, lora=None))
-    halved = [replace(document, weights=document.weights / 2) for document in stage.plan.units.documents]
-    other = replace(stage, plan=replace(stage.plan, units=replace(stage.plan.units, documents=halved)))
-    accumulate(stage, 0)
-    before = {name: parameter.grad.clone() for name, parameter in parameters_of(stage).items()}
-    stage.policy.zero_grad()
-    values = accumulate(other, 0).values
-    torch.testing.assert_close({n: p.grad for n, p in parameters_of(stage).items()}, before)
-    assert shares_of(other, 0)[0] == 2 * shares_of(stage, 0)[0] > 0
-    assert values[0].sum() > 0
+    return make_home(tmp_path_factory.mktemp("home"))
 
 
 def test_sft_trains_records_and_answers_a_second_call_at_once(
@@ -206,11 +59,10 @@ def test_sft_trains_records_and_answers_a_second_call_at_once(
         train("dpo", home / "preference", home / "model", tmp_path, SMALL)
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
 def test_row_losses_are_those_of_each_row_alone(home: Path, tmp_path: Path, objective: str) -> None:
     settings = replace(SMALL, learning_rate=0.0, lora=Lora(rank=2, base="fp32"), epochs=1)
-    kind = "sft" if objective == "sft" else "preference"
-    train(objective, home / kind, home / "model", tmp_path, settings)
+    train(objective, home / KINDS[objective], home / "model", tmp_path, settings)
     found = {row["row_id"]: row for row in pq.read_table(tmp_path / "row_losses" / "train.parquet").to_pylist()}
     stage = stage_of(home, objective, settings)
     units, model = stage.plan.units, plain(home)
@@ -224,12 +76,17 @@ def test_row_losses_are_those_of_each_row_alone(home: Path, tmp_path: Path, obje
             with torch.no_grad():
                 logps = alone(model, units.documents[index])
             assert row["loss"] == pytest.approx(-logps.mean().item(), rel=1e-4)
-            assert row["mean_prob"] == pytest.approx(logps.exp().mean().item(), rel=1e-4)
-        else:
+        elif objective == "dpo":
             assert row["loss"] == pytest.approx(math.log(2)) and row["margin"] == 0
+        else:
+            assert row["loss"] == pytest.approx(0.5, abs=1e-5) and row["reward"] == pytest.approx(0, abs=1e-5)
+        with torch.no_grad():
+            places = units.documents_of(np.asarray([index]))
+            probs = torch.cat([alone(model, units.documents[place]).exp() for place in places])
+        assert row["mean_prob"] == pytest.approx(probs.mean().item(), rel=1e-4)
 
 
-def test_dpo_begins_at_ln_2_and_continues_an_adapter(home: Path, tmp_path: Path) -> None:
+def test_trap_16_dpo_begins_at_ln_2_and_continues_an_adapter(home: Path, tmp_path: Path) -> None:
     train("sft", home / "sft", home / "model", tmp_path / "sft", SMALL)
     settings = replace(SMALL, lora=replace(SMALL.lora, dropout=0.0), max_steps=8)
     adapter = tmp_path / "sft" / "adapter"
@@ -265,32 +122,46 @@ def killer(event, step):
     return kill
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_a_run_stopped_at_several_steps_ends_in_the_same_bytes(home: Path, tmp_path: Path, objective: str) -> None:
-    arguments = (objective, home / KINDS[objective], home / "model")
-    train(*arguments, tmp_path / "straight", SMALL)
+HOW = {
+    "sft": SMALL,
+    "dpo": SMALL,
+    "kto": replace(SMALL, optimizer="lion", learning_rate=2e-3, schedule="wsd", evaluate_every=2, max_steps=9),
+}
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
+def test_trap_13_a_run_stopped_at_several_steps_ends_in_the_same_bytes(home: Path, tmp_path: Path, objective: str) -> None:
+    arguments, settings = (objective, home / KINDS[objective], home / "model"), HOW[objective]
+    train(*arguments, tmp_path / "straight", settings)
     out = tmp_path / "stopped"
     for event, step in [("reference", 3), ("step", 2), ("step", 5), ("step", 7)]:
         if event == "step" or objective != "sft":
             with pytest.raises(Killed):
-                train(*arguments, out, SMALL, progress=killer(event, step))
+                train(*arguments, out, settings, progress=killer(event, step))
             assert json.loads((out / "run.json").read_text())["status"] == "running"
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "lo')  # a line that was being written
     events = []
-    train(*arguments, out, SMALL, progress=events.append)
+    train(*arguments, out, settings, progress=events.append)
     kinds = [event["event"] for event in events]
     assert kinds[:3] == ["plan", "resume", "step"] and events[1]["step"] == 6
     same = ["plan.parquet", "steps.parquet", "row_losses/train.parquet", "adapter/adapter_config.json", WEIGHTS]
     kept = [path.relative_to(out).as_posix() for path in out.glob("references/*")]
-    assert len(kept) == (objective != "sft")
-    for name in same + kept:
+    assert len(kept) == {"sft": 0, "dpo": 1, "kto": 2}[objective]  # KTO's held-out rows have one of their own
+    best = [WEIGHTS.replace("adapter/", "best/")] if settings.evaluate_every else []
+    for name in same + kept + best:
         assert (out / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
     timing = {"seconds", "tokens_per_s", "roofline_share", "memory"}
     ours, theirs = (
         [{k: line[k] for k in line.keys() - timing} for line in metrics(o)] for o in (out, tmp_path / "straight")
     )
     assert ours == theirs
+    if objective == "kto":
+        lines = [line for line in ours if "held_out_loss" in line]
+        assert [line["step"] for line in lines] == [2, 4, 6, 8, 9]
+        assert ours[0]["kl"] == pytest.approx(0, abs=1e-4) and max(line["kl"] for line in ours) > 1e-3
+        assert ours[0]["loss"] == pytest.approx(0.5, abs=1e-4)  # 1 - σ(0) for good and bad alike
+        assert [path.name for path in (out / "checkpoints" / "best").iterdir()]
 
 
 KILLED = """

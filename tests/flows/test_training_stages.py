@@ -1,0 +1,90 @@
+"""Training stages in recipes and on the command line: every objective, losses by name, options or dotted path."""
+
+from pathlib import Path
+
+import pytest
+
+from gristmill.curation.folder import HouseError
+from gristmill.flows.cli import app
+from gristmill.flows.losses import show_losses
+from gristmill.flows.recipe import build_settings, dump, load_text
+from gristmill.tuning.losses import LOSSES
+from gristmill.tuning.settings import Training
+
+TEXT = """\
+name: tiny
+sources:
+  rows: {path: rows.jsonl, licence: MIT}
+models:
+  base: {path: models/base}
+stages:
+  - curate: {set: pairs, kind: preference, sources: [rows], held_out: 0}
+  - curate: {set: single, kind: kto, sources: [rows]}
+  - dpo:
+      set: pairs
+      model: base
+      loss: {simpo: {beta: 2.5}}
+      checkpointing: 4
+      track: [tensorboard, wandb]
+  - kto:
+      set: single
+      model: base
+      start: dpo
+      loss: kto
+      optimizer: lion
+      checkpointing: layers
+      evaluate_every: 10
+"""
+
+
+def test_every_objective_and_form_of_a_loss_is_read_and_dumped_back() -> None:
+    recipe = load_text(TEXT)
+    dpo, kto = recipe.trained().values()
+    assert (dpo.objective, kto.objective, kto.start) == ("dpo", "kto", "dpo")
+    assert dpo.settings.loss == {"simpo": {"beta": 2.5}} and dpo.settings.checkpointing == 4
+    assert dpo.settings.track == ("tensorboard", "wandb")
+    assert kto.settings.loss == "kto" and kto.settings.checkpointing == "layers"
+    assert load_text(dump(recipe)) == recipe
+    changed = load_text(TEXT, overrides=["stages.dpo.loss.simpo.gamma=0.5", "stages.kto.loss=fdpo"])
+    assert changed.trained()["dpo"].settings.loss == {"simpo": {"beta": 2.5, "gamma": 0.5}}
+    assert changed.trained()["kto"].settings.loss == "fdpo"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{simpo: {beta: 2.5}}", "simpoo", "tiny.yaml:12: unknown loss 'simpoo'; did you mean 'simpo'?"),
+        ("beta: 2.5", "bata: 2.5", "tiny.yaml:12: loss simpo has no option 'bata'; did you mean 'beta'?"),
+        ("beta: 2.5", "beta: -1", "tiny.yaml:12: loss simpo: beta is -1.0: it must be above 0"),
+        ("{simpo: {beta: 2.5}}", "kto", "tiny.yaml:12: loss kto is one of unpaired; dpo trains on pairs or lists"),
+        ("loss: kto", "loss: no_such_module.loss", "tiny.yaml:19: loss no_such_module.loss: cannot import"),
+        ("optimizer: lion", "optimizer: tiger", "tiny.yaml:20: 'tiger' is none of adamw, lion"),
+        ("checkpointing: layers", "checkpointing: some", "tiny.yaml:21: a whole number belongs here, not 'some'"),
+        ("[tensorboard, wandb]", "[mlflow]", "tiny.yaml:14: 'mlflow' is none of tensorboard, trackio, wandb"),
+        ("checkpointing: 4", "evaluate_every: 5", "set 'pairs' holds no rows out (held_out: 0)"),
+        ("set: single\n", "set: pairs\n", "kto trains on kto rows; set 'pairs' holds preference"),
+        ("checkpointing: 4", "capacity: 1", "tiny.yaml:10: Training: capacity is from 2 to inf, not 1"),
+    ],
+)
+def test_what_cannot_be_trained_is_named_with_its_line(old: str, new: str, message: str) -> None:
+    assert old in TEXT
+    with pytest.raises(HouseError) as caught:
+        load_text(TEXT.replace(old, new, 1), "tiny.yaml")
+    assert message in str(caught.value)
+
+
+def test_the_command_line_reads_losses_as_recipes_do() -> None:
+    made = build_settings(Training, ["loss.ipo.beta=0.2", "track=[trackio]", "checkpointing=2"])
+    assert (made.loss, made.track, made.checkpointing) == ({"ipo": {"beta": 0.2}}, ("trackio",), 2)
+    assert build_settings(Training, ["loss=my_package.my_loss"]).loss == "my_package.my_loss"
+    assert {command.name or command.callback.__name__ for command in app.registered_commands} > {"sft", "dpo", "kto"}
+
+
+def test_the_list_of_losses_names_each_with_its_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    show_losses()
+    said = capsys.readouterr().out
+    assert all(f"  {name}(" in said for name in LOSSES) and "ipo(beta=0.1)" in said and "arXiv 2405.14734" in said
+    show_losses("kto")
+    assert "reference point z" in capsys.readouterr().out
+    with pytest.raises(HouseError, match="no loss is called 'ktoo'; did you mean 'kto'"):
+        show_losses("ktoo")
