@@ -117,8 +117,14 @@ def work(who: str, objective: str, folder: str, options: argparse.Namespace) -> 
         import qlora_peers
 
         measured = qlora_peers.work(who, objective, Path(folder), options)
-    measured["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    return measured
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return measured | {"peak_mb": peak_mb(), "processor_s": round(used.ru_utime + used.ru_stime, 1)}
+
+
+def peak_mb() -> int:
+    """Of this process alone: getrusage's maximum would hold that of the process that started it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return round(int(line.split()[1]) / 1024)
 
 
 def prepare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -214,7 +214,8 @@ def lora_mlp(
         keep_rate,
         act,
     )
-    return found[0].view(*x.shape[:-1], found[0].shape[-1])
+    y: Tensor = found[0]
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def naive_lora_mlp(

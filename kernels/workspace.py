@@ -91,7 +91,7 @@ def forward_weight(base: Base, dtype: torch.dtype) -> Tensor:
     if buffers.task != task:
         buffers.close()
         buffers.task = task
-        torch.autograd.Variable._execution_engine.queue_callback(buffers.close)  # type: ignore[no-untyped-call]
+        torch.autograd.Variable._execution_engine.queue_callback(buffers.close)
     source, n = _source(base), torch.Size(base.shape).numel()
     fits = [(buffer.numel(), at) for at, buffer in enumerate(buffers.free) if _fits(buffer, n, dtype, base.device)]
     buffer = buffers.free.pop(min(fits)[1]) if fits else _empty(n, dtype, base.device)

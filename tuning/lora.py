@@ -134,7 +134,8 @@ def _join(model: PreTrainedModel, name: str, act: str | None) -> None:
     layers = {child: layer for child, layer in module.named_children() if isinstance(layer, LoraLinear)}
     if act is not None and all(child in layers for child in GATED[:3]):
         grandparent, _, leaf = name.rpartition(".")
-        mlp = LoraMlp(*(layers[child] for child in GATED[:3]), cast(nn.Module, module.act_fn), act)
+        gate, up, down = (layers[child] for child in GATED[:3])
+        mlp = LoraMlp(gate, up, down, cast(nn.Module, module.act_fn), act)
         setattr(model.get_submodule(grandparent), leaf, mlp.train(module.training))
         return
     for together in SHARING:

@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gristmill.curation.folder import HouseError
 from gristmill.kernels import workspace
-from gristmill.kernels.nf4 import NF4
+from gristmill.kernels.nf4 import NF4, to_tensors
 from gristmill.tuning.adapted import FrozenLinear, LoraLinear, LoraMlp
 from gristmill.tuning.lora import adapter_off, add_lora, check_continued, load_adapter, save_adapter, trainable
 from gristmill.tuning.settings import Lora
@@ -70,6 +70,11 @@ def test_known_decoders_take_the_fused_path_and_compute_peft_s_values(kind: str)
     assert all(block.self_attn.q_proj.shared.members[2] is block.self_attn.v_proj for block in blocks)
     config = LoraConfig(r=3, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     theirs = get_peft_model(tiny(kind), config).eval()
+    equal_gradients(ours, theirs)
+
+
+def equal_gradients(ours: PreTrainedModel, theirs: Any) -> None:
+    """Gives PEFT's model the weights of ours, and compares logits and the gradient of every A and B."""
     named = dict(theirs.named_parameters())
     pairs = {
         f"{name}.{letter}": named[f"base_model.model.{name}.lora_{letter}.default.weight"]
@@ -87,6 +92,33 @@ def test_known_decoders_take_the_fused_path_and_compute_peft_s_values(kind: str)
         assert parameter.grad is not None
         scale = parameter.grad.abs().max()
         torch.testing.assert_close(found[name] / scale, parameter.grad / scale, rtol=1e-4, atol=1e-4)
+
+
+def four_bit(model: PreTrainedModel, quantised: PreTrainedModel) -> PreTrainedModel:
+    """`model` with bitsandbytes' layers over the very bytes of `quantised`, as transformers loads our files."""
+    bnb = pytest.importorskip("bitsandbytes")
+    for name, layer in layers(quantised).items():
+        parent, _, leaf = name.rpartition(".")
+        tensors = to_tensors(cast(NF4, layer.base))
+        packed = tensors.pop("weight")
+        linear = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.float32)
+        linear.weight = bnb.nn.Params4bit.from_prequantized(
+            packed, {key.removeprefix("weight."): value for key, value in tensors.items()}, device="cpu"
+        )
+        linear.quant_state = linear.weight.quant_state
+        setattr(model.get_submodule(parent), leaf, linear)
+    model.is_loaded_in_4bit = True
+    return model
+
+
+@pytest.mark.parametrize("base", ["nf4", "nf4-single"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])
+def test_logits_and_gradients_are_those_of_peft_over_bitsandbytes(kind: str, base: str) -> None:
+    ours = adapted(kind, base=base)
+    config = LoraConfig(r=3, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    theirs = get_peft_model(four_bit(tiny(kind), ours), config).eval()
+    assert "Linear4bit" in str(type(theirs.base_model.model.model.layers[0].mlp.up_proj))
+    equal_gradients(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "qwen2"])
