@@ -73,10 +73,10 @@ def test_processes_that_fail_are_a_message(home: Path, monkeypatch: pytest.Monke
         train_here("sft", home / "sft", home / "model", home / "none", settings, progress=lambda event: None)
 
     monkeypatch.setattr(launch, "_command", lambda *_: broken('{"event": "error", "told": "rows are too long"}'))
-    with pytest.raises(HouseError, match="^rows are too long$"):
+    with pytest.raises(HouseError, match=r"^rows are too long$"):
         go()
     monkeypatch.setattr(launch, "_command", lambda *_: broken())
-    with pytest.raises(HouseError, match="2 processes for .*none ended with 1:\nTraceback: nothing works"):
+    with pytest.raises(HouseError, match=r"2 processes for .*none ended with 1:\nTraceback: nothing works"):
         go()
 
 
