@@ -272,5 +272,5 @@ def _smaller_packs(needs: Needs, available: int, longest: int) -> Needs | None:
 def _size(count: float) -> str:
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if count >= scale:
-            return f"{count / scale:.3g} {unit}"
+            return f"{count / scale:.3g} {unit}" if count < 1000 * scale else f"{count / scale:.0f} {unit}"
     return f"{count / 1e3:.3g} kB"
