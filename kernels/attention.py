@@ -226,8 +226,9 @@ def path_of(q: Tensor, softcap: float | None = None) -> str:
     scaled_dot_product_attention, segments of like shape together) or `scores` (the score matrix in memory)."""
     if softcap is not None:
         return "scores"
-    fast = varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
-    return "variable_length" if fast else "by_shape"
+    half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256  # head sizes of the kernel
+    return "variable_length" if varlen_attn is not None and half and fits else "by_shape"
 
 
 def _alike(

@@ -147,6 +147,9 @@ def test_path_of_says_what_is_taken() -> None:
     q = torch.zeros(1, 2, 3, 4)
     assert path_of(q) == "by_shape"
     assert path_of(q, softcap=30.0) == "scores"
+    if torch.cuda.is_available():
+        taken = [path_of(torch.zeros(1, 2, 3, size, device="cuda").half()) for size in (64, 60, 264)]
+        assert taken == ["variable_length", "by_shape", "by_shape"]
 
 
 def test_long_packs_are_split_below_the_kernels_int32(monkeypatch: pytest.MonkeyPatch) -> None:
