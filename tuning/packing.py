@@ -259,7 +259,8 @@ class _Layout:
 
 
 def _joined(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
-    return np.concatenate([np.empty(0, dtype), *parts]).astype(dtype)
+    joined: NDArray[Any] = np.concatenate([np.empty(0, dtype), *parts]).astype(dtype)
+    return joined
 
 
 def target_tokens(example: Example) -> int:
