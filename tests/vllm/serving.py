@@ -25,6 +25,7 @@ from gristmill.tuning.settings import Lora, Training
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed here: run `make test-vllm`")
 
+pytestmark = pytest.mark.timeout(3600)  # an engine takes a minute to start, on a busy machine many
 TALK = [("What grinds?", "The mill."), ("What turns it?", "The river."), ("And then?", "Flour, then bread.")]
 RANK, NEW = 4, 12
 
