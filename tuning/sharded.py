@@ -13,7 +13,7 @@ whose loss counts nothing.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..curation.folder import HouseError
+from .adapted import FrozenLinear
 from .attention import hidden_states
 from .ranks import World, sum_gradients
 
@@ -171,10 +172,15 @@ def rows_of(total: int, here: World) -> Rows:
 def _bytes_as_parameters(block: nn.Module) -> None:
     """Turns the large NF4 buffers of a block into frozen parameters of the same names."""
     for module in block.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if name.startswith("nf4_") and buffer.numel() >= SMALL:
-                delattr(module, name)
-                module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+        if not isinstance(module, FrozenLinear) or module._nf4 is None:
+            continue
+        large = {name: tensor for name, tensor in module._nf4.tensors().items() if tensor.numel() >= SMALL}
+        for name in large:
+            buffer = module._buffers.pop(f"nf4_{name}")
+            assert buffer is not None
+            module.register_parameter(f"nf4_{name}", nn.Parameter(buffer, requires_grad=False))
+        gone: dict[str, Any] = {name: tensor.new_empty(0) for name, tensor in large.items()}
+        module._nf4 = replace(module._nf4, **gone)  # it would hold all bytes until the first forward
 
 
 def _local(tensor: Tensor) -> Tensor:

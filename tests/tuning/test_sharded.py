@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from gristmill.curation.rows import content_id, counted_row_id, message, table
 from gristmill.curation.shards import write_curated
+from gristmill.tuning import sharded
+from gristmill.tuning.adapted import FrozenLinear
 from gristmill.tuning.checkpoint import find_latest
 from gristmill.tuning.loop import train
 from gristmill.tuning.lora import add_lora
@@ -76,7 +78,8 @@ NAMES = (*DATA, "full", "recomputed")
 
 
 def all_on_two(home: str) -> None:
-    """Every stage with ddp and fsdp; then those that others began, continued with fsdp."""
+    """Every stage with ddp and fsdp."""
+    sharded.SMALL = 64
     with world():
         for parallel in PARALLEL:
             for name in NAMES:
@@ -179,6 +182,7 @@ def stopped(done: Path, out: Path) -> Path:
 
 
 def continued(home: str, folder: str) -> list[int]:
+    sharded.SMALL = 64
     with world():
         for parallel, began in (("fsdp", "one"), ("ddp", "fsdp"), ("fsdp", "ddp")):
             events = run(home, Path(folder) / f"{began}-{parallel}", "sft", parallel)
@@ -205,14 +209,22 @@ def test_a_checkpoint_of_any_number_of_processes_continues_on_any_other(
 
 
 def held(home: str, base: Any) -> list[int]:
-    """Bytes of decoder blocks that this process holds, and how many of them are NF4's whole buffers."""
+    """Bytes of the decoder blocks that this process holds: in parameters, and in buffers."""
+    sharded.SMALL = 64
     with world() as here:
         model = load_model(Path(home) / "model", dtype="fp32", device="cpu")
         add_lora(model, Lora(rank=4, base=base), seed=0)
         spread(model, here, "fsdp")
         blocks: Any = model.base_model.layers
         parts = [getattr(p, "_local_tensor", p) for p in blocks.parameters()]
+        assert all(
+            layer._nf4 is None or not layer._nf4.packed.numel() for layer in blocks[0].modules() if is_frozen(layer)
+        )
         return [sum(part.nbytes for part in parts), sum(buffer.nbytes for buffer in blocks.buffers())]
+
+
+def is_frozen(layer: Any) -> bool:
+    return isinstance(layer, FrozenLinear)
 
 
 @pytest.mark.parametrize("base", ["nf4", "fp32"])
@@ -220,10 +232,12 @@ def test_a_rank_holds_half_of_the_blocks(home: Path, tmp_path: Path, base: Any, 
     model = load_model(home / "model", dtype="fp32", device="cpu")
     add_lora(model, Lora(rank=4, base=base), seed=0)
     blocks: Any = model.base_model.layers
-    packed = [buffer for name, buffer in blocks.named_buffers() if name.endswith("nf4_packed")]
-    pieces = [sum(p.nbytes for p in blocks.parameters()) + sum(b.nbytes for b in packed if b.numel() >= 4096)]
-    for parameters, _ in together(2, tmp_path / "ranks", held, str(home), base):
-        assert parameters == pytest.approx(sum(pieces) / 2, rel=0.05)
+    large = [buffer.nbytes for buffer in blocks.buffers() if buffer.numel() >= 64]
+    whole = sum(p.nbytes for p in blocks.parameters()) + sum(large)
+    small = sum(buffer.nbytes for buffer in blocks.buffers()) - sum(large)
+    assert bool(large) == (base == "nf4")
+    for parameters, buffers in together(2, tmp_path / "ranks", held, str(home), base):
+        assert parameters == pytest.approx(whole / 2, rel=0.05) and buffers == small
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 8, 9])
