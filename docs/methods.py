@@ -27,6 +27,8 @@ from gristmill.curation.steps import find_steps
 from gristmill.flows.progress import Silent
 from gristmill.flows.recipe import load_text
 from gristmill.flows.run import run
+from gristmill.flows.scoring import score_command
+from gristmill.flows.single import make_single
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("GRISTMILL_DATA", ROOT / "../shared/data")).resolve()
@@ -51,6 +53,7 @@ COLUMNS = {
     "answers": {"prompt": "prompt", "completion": "response"},
 }
 MIX = ("alpaca", "code", "maths")
+SCORES = "scores.parquet"  # as a line of a recipe names it
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,16 @@ def make_nli(home: Path) -> Path:
     return home
 
 
-def recipe_of(name: str, example: Example, nli: Path) -> str:
+def score_few(home: Path) -> Path:
+    """The file of `gristmill score` that a small made model gives of the first rows of the source `code`."""
+    file = DATA / f"{SOURCES['code'][0]}.parquet"
+    pq.write_table(pq.read_table(file).slice(0, 12), home / "few.parquet")
+    make_single(home / "scorer", str(file), ["params=300K", "vocab=1000", "tokens=20000", "rows=400"], Silent())
+    score_command(str(home / "scorer"), str(home / "few.parquet"), None, home / SCORES, False, "few", Silent())
+    return home / SCORES
+
+
+def recipe_of(name: str, example: Example, nli: Path, scores: Path) -> str:
     """A recipe with the set `name` for the example, and the set that the small model learns from."""
     sources: dict[str, Any] = {"docstrings": {"path": "docstrings:stdlib", "licence": "PSF-2.0", "limit": 400}}
     for source, (file, licence) in SOURCES.items():
@@ -123,7 +135,7 @@ def recipe_of(name: str, example: Example, nli: Path) -> str:
     }
     stages = [{"curate": {"set": "specialised", "sources": ["maths"], "held_out": 0.02, "steps": []}}]
     held_out = 0.05 if example.shown in ("HeldOut", "NearHeldOut") else 0
-    steps = [yaml.safe_load(example.line.replace(HERE, str(DATA)))]
+    steps = [yaml.safe_load(example.line.replace(HERE, str(DATA)).replace(SCORES, str(scores)))]
     stage = {"set": name, "kind": example.kind, "sources": list(example.sources), "held_out": held_out, "steps": steps}
     stages.append({"curate": stage})
     return yaml.safe_dump({"name": "methods", "sources": sources, "models": models, "stages": stages}, sort_keys=False)
@@ -178,8 +190,9 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(prefix="gristmill-methods-"))
     try:
         nli = make_nli(scratch / "nli")
+        scores = score_few(scratch) if "ScoreFile" in wanted else scratch / SCORES
         for name, example in wanted.items():
-            recipe = load_text(recipe_of(name, example, nli), "methods")
+            recipe = load_text(recipe_of(name, example, nli, scores), "methods")
             folder = RunFolder(scratch / name)
             try:
                 run(recipe, folder.root, cache=scratch / "cache", parts="curate", show=Show())
