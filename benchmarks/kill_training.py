@@ -3,8 +3,10 @@
     python benchmarks/kill_training.py --kills 20 [--objectives sft dpo kto] [--seed 0] [--json PATH]
 
 For each objective a small model trains on made rows: once undisturbed, then again and again in a process that SIGKILL
-ends at a random moment of its life (reading, planning, reference, steps, checkpoints, measurements on held-out rows,
-export), until that objective has had its kills; whatever ends is compared. Exit code 1 where a byte differs.
+ends at a random moment of its life, until that objective has had its kills; whatever ends is compared. A moment is a
+random number of things that the run tells (its plan, packs of the reference, resumption, steps) and then a random wait
+of up to the longest time between two of them, so that kills fall between and inside steps, checkpoints, measurements on
+held-out rows and exports alike. Exit code 1 where a byte differs.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from gristmill.tuning.settings import Lora, NewModel, Training
 
 WORDS = ("mill", "grist", "stone", "water", "wheel", "grain", "flour", "sack", "miller", "river", "sluice", "bread")
 KINDS = {"sft": "sft", "dpo": "preference", "kto": "kto"}
-SHARE = 0.6  # of an undisturbed run's time: the latest moment of a kill
+SHARE = 0.4  # of the events of an undisturbed run: the last one that a kill waits for
 LORA = Lora(rank=4, alpha=8.0, dropout=0.1)
 BASE = Training(
     capacity=200, packs_per_step=2, learning_rate=1e-2, checkpoint_every=2, evaluate_every=3, threads=1, lora=LORA
@@ -74,18 +76,16 @@ def _objective(home: Path, objective: str, kills: int, rows: int, draw: random.R
     settings = Training(**{**vars(BASE), "optimizer": "lion" if objective == "kto" else "adamw"})
     if objective == "kto":
         settings = Training(**{**vars(settings), "learning_rate": 1e-3})
-    began = time.monotonic()
-    ended, _ = _attempt(objective, data, home, home / f"{objective}-straight", settings, None)
+    ended, _, events, longest = _attempt(objective, data, home, home / f"{objective}-straight", settings, None)
     assert ended, "the undisturbed run failed"
-    latest = SHARE * (time.monotonic() - began)
     straight = _bytes(home / f"{objective}-straight")
     done, compared, differing, moments = 0, 0, 0, Counter[str]()
     while done < kills:
         out = home / f"{objective}-{compared}"
         ended = False
         while not ended:
-            moment = draw.uniform(0, latest) if done < kills else None
-            ended, where = _attempt(objective, data, home, out, settings, moment)
+            moment = (draw.randint(0, int(SHARE * events)), draw.uniform(0, longest)) if done < kills else None
+            ended, where, _, _ = _attempt(objective, data, home, out, settings, moment)
             if not ended:
                 done += 1
                 moments[where] += 1
@@ -97,21 +97,39 @@ def _objective(home: Path, objective: str, kills: int, rows: int, draw: random.R
 
 
 def _attempt(
-    objective: str, data: Path, home: Path, out: Path, settings: Training, moment: float | None
-) -> tuple[bool, str]:
-    """One process that trains, killed after `moment` seconds; whether it ended by itself, and what it had reached."""
-    process = multiprocessing.get_context("fork").Process(
-        target=train, args=(objective, data, home / "model", out, settings)
-    )
+    objective: str, data: Path, home: Path, out: Path, settings: Training, moment: tuple[int, float] | None
+) -> tuple[bool, str, int, float]:
+    """One process that trains, killed so many events and then seconds later; whether it ended by itself, what it had
+    reached, its events, and the longest time between two of them."""
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+
+    def run() -> None:
+        train(objective, data, home / "model", out, settings, progress=lambda event: sender.send(None))  # type: ignore[arg-type]
+
+    process = fork.Process(target=run)
     process.start()
-    process.join(moment)
+    sender.close()  # so that the pipe ends with the process
+    events, longest, last = 0, 0.0, time.monotonic()
+    while (moment is None or events < moment[0]) and _told(receiver):
+        events, longest, last = events + 1, max(longest, time.monotonic() - last), time.monotonic()
+    process.join(None if moment is None else moment[1])
     if process.is_alive():
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        return False, _reached(out)
+        return False, _reached(out), events, longest
     assert process.exitcode == 0, f"{objective} failed with exit code {process.exitcode}"
-    return True, "end"
+    return True, "end", events, longest
+
+
+def _told(receiver: Any) -> bool:
+    """Whether the process told something more before it ended."""
+    try:
+        receiver.recv()
+    except EOFError:
+        return False
+    return True
 
 
 def _reached(out: Path) -> str:
@@ -144,11 +162,11 @@ def _rows(objective: str, count: int, draw: random.Random) -> list[dict[str, Any
     rows = []
     for position in range(count):
         row: dict[str, Any] = {"source": "made", "position": position, "messages": [message("user", _talk(draw))]}
-        if objective == "dpo":
-            row |= {name: [message("assistant", _talk(draw))] for name in ("chosen", "rejected")}
-        else:
+        if objective == "sft":
             row["messages"].append(message("assistant", _talk(draw)))
-            row |= {"label": draw.random() < 0.6} if objective == "kto" else {}
+        else:
+            row |= {name: [message("assistant", _talk(draw))] for name in ("chosen", "rejected")}
+            row["label"] = draw.random() < 0.6 if objective == "kto" else None
         row["content_id"] = content_id(row)
         row["row_id"] = counted_row_id("made", row["content_id"], position)
         rows.append(row)

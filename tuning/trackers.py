@@ -63,7 +63,7 @@ def _tensorboard(out: Path, run: Mapping[str, Any]) -> Iterator[Track]:
 def _trackio(out: Path, run: Mapping[str, Any]) -> Iterator[Track]:
     import trackio  # type: ignore[import-not-found, unused-ignore]
 
-    trackio.init(project="gristmill", name=_name(out, run), config=dict(run["settings"]), resume="allow", embed=False)
+    trackio.init(project="gristmill", name=_name(out, run), config=dict(run["settings"]), resume="allow")
     try:
         yield lambda step, numbers: trackio.log(dict(numbers), step=step)
     finally:

@@ -39,8 +39,7 @@ def rows_of(kind, count, seed=0):
         prompt = talk(random.Random(position // 3)) if kind == "preference" else talk(draw)
         row = {"source": source, "position": position, "messages": [message("user", prompt)]}
         if kind == "kto":
-            row["messages"].append(message("assistant", talk(draw)))
-            row["label"] = position % 3 != 0
+            row |= {"chosen": [message("assistant", talk(draw))], "label": position % 3 != 0}
         elif kind == "sft":
             row["messages"].append(message("assistant", talk(draw)))
         else:
