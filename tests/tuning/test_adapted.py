@@ -24,20 +24,21 @@ FUSED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text",
 TOKENS = torch.randint(61, (2, 11), generator=torch.Generator().manual_seed(1))
 
 
-def tiny(kind: str = "llama") -> PreTrainedModel:
+def tiny(kind: str = "llama", width: int = 32) -> PreTrainedModel:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         kind,
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, vocab_size=61, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        hidden_size=width, intermediate_size=48 if width == 32 else 2 * width, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4, vocab_size=61, max_position_embeddings=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     return model
 
 
-def adapted(kind: str = "llama", **settings: Any) -> PreTrainedModel:
+def adapted(kind: str = "llama", width: int = 32, **settings: Any) -> PreTrainedModel:
     """B is not zero, as after training."""
-    model = tiny(kind)
+    model = tiny(kind, width)
     add_lora(model, Lora(**{"rank": 3, "base": "fp32"} | settings), seed=5)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -114,9 +115,9 @@ def four_bit(model: PreTrainedModel, quantised: PreTrainedModel) -> PreTrainedMo
 @pytest.mark.parametrize("base", ["nf4", "nf4-single"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])
 def test_logits_and_gradients_are_those_of_peft_over_bitsandbytes(kind: str, base: str) -> None:
-    ours = adapted(kind, base=base)
+    ours = adapted(kind, 64, base=base)  # bitsandbytes 0.50 decodes rows narrower than a block of 64 wrongly on a CPU
     config = LoraConfig(r=3, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    theirs = get_peft_model(four_bit(tiny(kind), ours), config).eval()
+    theirs = get_peft_model(four_bit(tiny(kind, 64), ours), config).eval()
     assert "Linear4bit" in str(type(theirs.base_model.model.model.layers[0].mlp.up_proj))
     equal_gradients(ours, theirs)
 
