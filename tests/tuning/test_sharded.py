@@ -93,7 +93,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, together: Together) -> Path:
     home = tmp_path_factory.mktemp("home")
     spec = NewModel(params="60K", vocab=300, context=256, tokens=0)
     make_model(home / "model", spec, iter([talk(random.Random(1), 400) for _ in range(20)]))
-    for kind, count in (("sft", 30), ("preference", 20), ("kto", 24)):
+    for kind, count in (("sft", 26), ("preference", 20), ("kto", 24)):
         write_curated(home / kind, kind, {"train": [table(made(kind, count))]}, {}, lambda manifest: {})
     for name in NAMES:
         run(home, home / "one" / name, name)
@@ -112,7 +112,8 @@ def test_two_processes_give_the_curve_of_one(home: Path, name: str, parallel: st
     assert len(ours) == len(alone) >= 2
     for key in ("loss", "grad_norm", "tokens", "target_tokens", "lr", "margin", "kl"):
         if key in alone[0]:
-            assert [line[key] for line in ours] == pytest.approx([line[key] for line in alone], rel=2e-5, abs=1e-6)
+            floor = 2e-5 if key == "kl" else 1e-6  # kl: a difference of fp32 sums of some 100, rounded at 4e-6
+            assert [line[key] for line in ours] == pytest.approx([line[key] for line in alone], rel=2e-5, abs=floor)
     assert abs(alone[-1]["loss"] - alone[0]["loss"]) > 1e-3  # it learned something to disagree on
 
 
@@ -130,9 +131,8 @@ def test_two_processes_end_in_the_weights_and_row_losses_of_one(home: Path, name
 
 
 def test_the_last_step_leaves_a_rank_without_a_pack(home: Path) -> None:
-    steps = pq.read_table(home / "one" / "sft" / "steps.parquet").to_pylist()
-    packs = json.loads((home / "one" / "sft" / "plan.json").read_text())["packs"]
-    assert packs % 3 == 1 and steps  # three a step, one in the last: the curves above hold it
+    plan = json.loads((home / "one" / "sft" / "plan.json").read_text())
+    assert plan["packs"] % 3 == 1 and plan["steps"] == 4  # three packs a step and one in the last, in the curves above
 
 
 def test_one_process_writes(home: Path) -> None:
