@@ -47,7 +47,7 @@ def trackers(names: Sequence[str], out: Path, run: Mapping[str, Any]) -> Iterato
 def _tensorboard(out: Path, run: Mapping[str, Any]) -> Iterator[Track]:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer: Any = SummaryWriter(str(out / "tensorboard"))  # type: ignore[no-untyped-call]
+    writer: Any = SummaryWriter(str(out / "tensorboard"))
 
     def track(step: int, numbers: Mapping[str, float]) -> None:
         for key, value in numbers.items():

@@ -55,7 +55,7 @@ def test_sft_trains_records_and_answers_a_second_call_at_once(
             tmp_path,
             replace(SMALL, seed=1, lora=Lora(rank=8, alpha=8.0, dropout=0.1)),
         )
-    with pytest.raises(HouseError, match="objective was sft, is now dpo; data_digest was"):
+    with pytest.raises(HouseError, match=r"objective was sft, is now dpo; loss_function.*data_digest was"):
         train("dpo", home / "preference", home / "model", tmp_path, SMALL)
 
 
