@@ -130,7 +130,7 @@ HOW = {
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
-def test_trap_13_a_run_stopped_at_several_steps_ends_in_the_same_bytes(home: Path, tmp_path: Path, objective: str) -> None:
+def test_trap_13_a_run_stopped_at_several_steps_ends_the_same(home: Path, tmp_path: Path, objective: str) -> None:
     arguments, settings = (objective, home / KINDS[objective], home / "model"), HOW[objective]
     train(*arguments, tmp_path / "straight", settings)
     out = tmp_path / "stopped"
