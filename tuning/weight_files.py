@@ -31,7 +31,7 @@ class WeightFiles:
         if lost := [path.name for path in files if not path.is_file()]:
             raise HouseError(f"{folder}: {INDEX} names {lost[0]}, which is not there: get the model again")
         for path in files:
-            file = safe_open(path, "pt")  # type: ignore[no-untyped-call]
+            file: Any = safe_open(path, "pt")
             self._open |= dict.fromkeys(file.keys(), file)
         if not files:
             for path in sorted(folder.glob("pytorch_model*.bin")):
