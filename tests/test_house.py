@@ -30,12 +30,15 @@ LIGHT = {
     "jinja2",
     "huggingface_hub",
 }  # all that a training node has
-LAZY = {  # imported when they are needed, and what needs them serves curation
+LAZY = {  # imported when they are needed; without them training takes another path, or a message says what to install
+    "kernels/glu_triton.py": {"triton"},
     "kernels/int8.py": {"numba"},
-    "kernels/nf4_cpu.py": {"numba", "llvmlite"},  # without them NF4 takes the torch path
+    "kernels/logprob_triton.py": {"triton"},
+    "kernels/nf4_cpu.py": {"numba", "llvmlite"},
     "kernels/nf4_triton.py": {"triton"},
     "kernels/vectors16.py": {"numba", "llvmlite"},
     "tuning/embed.py": {"sentence_transformers"},
+    "tuning/trackers.py": {"trackio", "wandb"},
 }
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
