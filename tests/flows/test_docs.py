@@ -74,7 +74,7 @@ def test_every_step_has_a_section_with_a_line_that_loads_and_a_real_row(name: st
 SHELVES = {"judges", "makers", "measures", "reading", "verifiers"}  # one thing a file, each found by its name
 
 
-@pytest.mark.parametrize("room", ["curation", "flows", "tuning"])
+@pytest.mark.parametrize("room", ["curation", "flows", "kernels", "tuning"])
 def test_every_file_is_on_the_map(room: str) -> None:
     section = ARCHITECTURE.split(f"## {room}\n")[1].split("\n## ")[0]
     files = [path.relative_to(ROOT / room) for path in sorted((ROOT / room).rglob("*.py"))]
