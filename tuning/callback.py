@@ -10,7 +10,7 @@ head once more, for target tokens alone and without gradients.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -157,7 +157,7 @@ class RowLosses(TrainerCallback):
             torch.distributed.all_gather_object(every, table)
             if torch.distributed.get_rank():
                 return
-            table = _latest(cast(list[pa.Table], every))
+            table = _latest(every)
         write_parquet(self.path, table)
 
     def _table(self) -> pa.Table:

@@ -23,7 +23,7 @@ class NF4Linear(nn.Linear):
         self.dtype, self._q = dtype, q
         for name, tensor in q.tensors().items():
             self.register_buffer(f"nf4_{name}", tensor, persistent=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @property
     def nf4(self) -> NF4:
@@ -65,7 +65,7 @@ def load_nf4(folder: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     stored = config.quantization_config
     del config.quantization_config
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     config.quantization_config = stored
     side = set()
     for key in quantised:
