@@ -53,14 +53,15 @@ def ask(
     """What `read` makes of each answer; requests whose answer failed or could not be read are asked once more, with
     another seed and some temperature. None where that failed too."""
     found = _read(chat, requests, read, progress)
-    again = [place for place, value in enumerate(found) if value is None]
-    second = [_again(requests[place]) for place in again]
-    for place, value in zip(again, _read(chat, second, read, progress), strict=True):
+    unread = [place for place, value in enumerate(found) if value is None]
+    second = [again(requests[place]) for place in unread]
+    for place, value in zip(unread, _read(chat, second, read, progress), strict=True):
         found[place] = value
     return found
 
 
-def _again(request: ChatRequest) -> ChatRequest:
+def again(request: ChatRequest) -> ChatRequest:
+    """The request with another seed and some temperature: greedy again would say the same again."""
     sampling = replace(request.sampling, temperature=max(request.sampling.temperature, RETRY_TEMPERATURE))
     return replace(request, seed=seed_of("again", request.seed), sampling=sampling)
 

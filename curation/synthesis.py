@@ -10,6 +10,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -97,6 +98,12 @@ class Session:
         self.chat: ChatModel = corpus.tools.chat(model)
         self.tally = Tally()
 
+    def beside(self, model: str) -> "Session":
+        """The same session, with its tally, asking another model of the recipe: a judge, or a second author."""
+        other = copy(self)
+        other.chat = self.corpus.tools.chat(model)
+        return other
+
     def __enter__(self) -> "Session":
         return self
 
@@ -161,6 +168,13 @@ class Session:
     def row(self, ask: Ask, answer: ChatAnswer | None, meta: Mapping[str, Any] | None = None, **content: Any) -> Row:
         """A made row with its whole origin: parents, and in `meta` the prompt's name and digest, model, its digest and
         licence, sampling and seed, beside what the maker says in `meta`. Counted as made."""
+        said = dict(meta or {}) | {"made": self.origin(ask, answer)}
+        made = made_row(repr(self.maker), ask.parents, self.tally.made, self.source, meta=_json(said), **content)
+        self.tally.made += 1
+        return made
+
+    def origin(self, ask: Ask, answer: ChatAnswer | None) -> dict[str, Any]:
+        """Where an answer comes from, as made rows state it: model, its digest and licence, prompt, sampling, seed."""
         request = ask.request
         origin: dict[str, Any] = {
             "maker": type(self.maker).__name__,
@@ -172,12 +186,11 @@ class Session:
             "sampling": {name: value for name, value in asdict(request.sampling).items() if value not in ((), None)},
             "seed": request.seed,
         }
-        if answer is not None:
-            origin |= {"finished": answer.finished, "tokens": answer.tokens}
-        said = json.dumps(dict(meta or {}) | {"made": origin}, ensure_ascii=False, sort_keys=True)
-        made = made_row(repr(self.maker), ask.parents, self.tally.made, self.source, meta=said, **content)
-        self.tally.made += 1
-        return made
+        return origin if answer is None else origin | {"finished": answer.finished, "tokens": answer.tokens}
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def asking(
