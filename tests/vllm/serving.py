@@ -23,6 +23,7 @@ from gristmill.tuning.servable import ARCHITECTURES, RANKS, check_servable, need
 from gristmill.tuning.settings import Lora, Training
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "3600")  # 300 by default: too few on a busy machine
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed here: run `make test-vllm`")
 
 pytestmark = pytest.mark.timeout(3600)  # an engine takes a minute to start, on a busy machine many
