@@ -158,7 +158,7 @@ def fold(
 ) -> None:
     """logprob_chunk.fold. products, hidden and head are contiguous; values and lse fp32."""
     options = _options(products, hidden, head, bias, softcap, block)
-    with torch.cuda.device_of(products):
+    with torch.cuda.device(products.get_device()):
         _fold[(products.shape[0],)](
             products, hidden, head, targets, products if bias is None else bias, values, lse,
             products.shape[1], hidden.shape[1], scale, softcap or 1.0, WRITE=write, **options,
@@ -180,7 +180,7 @@ def spread(
 ) -> None:
     """logprob_chunk.spread. lse, of_target and of_share: fp32, contiguous."""
     options = _options(products, hidden, head, bias, softcap, block)
-    with torch.cuda.device_of(products):
+    with torch.cuda.device(products.get_device()):
         _spread[(products.shape[0],)](
             products, hidden, head, targets, products if bias is None else bias, lse, of_target, of_share,
             products.shape[1], hidden.shape[1], scale, softcap or 1.0, **options,

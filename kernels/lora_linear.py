@@ -3,10 +3,10 @@
     y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ
 
 W (out, in) never gets a gradient. Layers that read the same x (q, k and v; gate and up) go through one call: one
-product with their A stacked, one mask of dropout, one dX that all of them add to. An NF4 base is dequantised into a buffer that
-all layers share (workspace.py), once in forward and once in backward. The forward keeps x and s = drop(x) Aᵀ (r columns
-a layer); the backward computes dY B once, for dA and dX. a and b may be wider than x (fp32 master weights): the work is
-done in x's dtype, their gradients come in theirs.
+product with their A stacked, one mask of dropout, one dX that all of them add to. An NF4 base is dequantised into a
+buffer that all layers share (workspace.py), once in forward and once in backward. The forward keeps x and s = drop(x)
+Aᵀ (r columns a layer); the backward computes dY B once, for dA and dX. a and b may be wider than x (fp32 master
+weights): the work is done in x's dtype, their gradients come in theirs.
 """
 
 from collections.abc import Sequence

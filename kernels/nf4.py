@@ -115,7 +115,7 @@ def _module(path: str) -> tuple[ModuleType | None, str]:
         return None, f"NF4 path {path!r} cannot be taken here: {missing}"
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def path_of(device: torch.device | str, path: Path | None = None) -> Path:
     """The path that quantise and dequantise take on `device`, or `path` if it can be taken there; else ValueError.
 

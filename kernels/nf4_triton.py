@@ -78,7 +78,7 @@ def dequantise(
     if packed.data_ptr() % 4:  # read as words
         packed = packed.clone()
     grid = (triton.cdiv(n, 8 * WORDS),)
-    with torch.cuda.device_of(out):
+    with torch.cuda.device(out.get_device()):
         _dequantise[grid](
             packed, absmax, nested_absmax, nested_code, offset, constant(CODE, out.device), out, n, BLOCK=blocksize,
             NESTED_BLOCK=nested_blocksize if nested else 0, WORDS=WORDS, TAIL=n % 8 != 0, enable_fp_fusion=False,
@@ -109,7 +109,7 @@ def quantise(flat: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(triton.cdiv(n, blocksize), dtype=torch.float32, device=flat.device)
     rows = max(1, TILE // blocksize)
-    with torch.cuda.device_of(flat):
+    with torch.cuda.device(flat.get_device()):
         _quantise[(triton.cdiv(n, rows * blocksize),)](
             flat, packed, absmax, constant(THRESHOLDS, flat.device), n, BLOCK=blocksize, ROWS=rows,
             enable_fp_fusion=False,

@@ -3,7 +3,7 @@ extremes, and loops as short as texts and attention heads. Addresses and strides
 
 from typing import Any
 
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic

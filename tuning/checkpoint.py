@@ -186,14 +186,15 @@ class Stored(Mapping[str, torch.Tensor]):
 
     def __init__(self, folder: Path, pieces: frozenset[str]) -> None:
         self.pieces = pieces
-        self.files = [safe_open(folder / "state.safetensors", "pt")]
+        self.files: list[Any] = [safe_open(folder / "state.safetensors", "pt")]
         while (folder / _file(len(self.files))).is_file():
             self.files.append(safe_open(folder / _file(len(self.files)), "pt"))
-        self.names = list(self.files[0].keys())
+        self.names: list[str] = list(self.files[0].keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.pieces:
-            return self.files[0].get_tensor(name)
+            tensor: torch.Tensor = self.files[0].get_tensor(name)
+            return tensor
         return torch.cat([file.get_tensor(name) for file in self.files])
 
     def __iter__(self) -> Iterator[str]:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -58,7 +58,7 @@ class _Found:
 
 def read_rows(objective: Objective | Family, data: Path, split: str = "train") -> pa.Table:
     """A split of a curated folder. HouseError where its kind does not suit the objective."""
-    kind, wanted = read_manifest(data)["kind"], KIND[FAMILY.get(objective, objective)]
+    kind, wanted = read_manifest(data)["kind"], KIND[_family(objective)]
     if kind != wanted:
         raise HouseError(
             f"{objective} trains on data of kind {wanted!r}, but {data} is of kind {kind!r}; "
@@ -90,7 +90,7 @@ def read_units(
     `drop` excludes them, `truncate_prompt` cuts the head of each document as far as that costs no target token, and
     excludes the row where it would. Units' lengths count what their documents share once, unless `shared` is False.
     """
-    family = FAMILY.get(objective, objective)
+    family = _family(objective)
     found, excluded = _found(_groups(family, tokenizer, rows), rows, family)
     if family == "lists":
         found, more = _lists(found, rows)
@@ -123,6 +123,10 @@ def read_units(
         shared=shared,
     )
     return _annotated(units, [item for item, _ in kept], rows, family)
+
+
+def _family(objective: Objective | Family) -> Family:
+    return FAMILY.get(objective) or cast(Family, objective)
 
 
 def make_plan(units: Units, settings: Training) -> Plan:
@@ -297,10 +301,11 @@ def _lists(found: Sequence[_Found], rows: pa.Table) -> tuple[list[_Found], list[
     lists, excluded = [], []
     for pairs in by_prompt.values():
         members = tuple(item.rows[0] for item in pairs)
-        known = [scores[row] for row in members]
+        known = [score for row in members if (score := scores[row]) is not None]
+        said_of = known if len(known) == len(members) else [(1.0, 0.0)] * len(members)
         answers: dict[bytes, list[tuple[Tokens, float]]] = {}
-        for item, score in zip(pairs, known, strict=True):
-            for document, reward in zip(item.units[0], score if None not in known else (1.0, 0.0), strict=True):
+        for item, score in zip(pairs, said_of, strict=True):
+            for document, reward in zip(item.units[0], score, strict=True):
                 answers.setdefault(document.ids.tobytes(), []).append((document, reward))
         rewards = tuple(float(np.mean([reward for _, reward in said])) for said in answers.values())
         unit = tuple(Tokens(said[0][0].ids, _mean_weights(said)) for said in answers.values())

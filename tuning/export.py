@@ -188,7 +188,7 @@ def _linears(config: Any) -> dict[str, tuple[int, ...]]:
     """Linear layers of the model besides its output layer, and the shapes of their weights."""
     plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(plain)
+        model: Any = AutoModelForCausalLM.from_config(plain)  # type: ignore[no-untyped-call]
     out = model.get_output_embeddings()
     return {
         name: tuple(module.weight.shape)
@@ -278,7 +278,7 @@ def _write_sides(parents: Parents, folder: Path, kind: As) -> list[str]:
     stops = list(dict.fromkeys([end, *(known if isinstance(known, list) else [known]), tokenizer.eos_token_id]))
     stops = [stop for stop in stops if stop is not None]
     if kind != "adapter":
-        config = GenerationConfig(**stated)
+        config = GenerationConfig(**stated)  # type: ignore[no-untyped-call]
         config.eos_token_id = stops if len(stops) > 1 else stops[0]
         if config.pad_token_id is None:
             config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
@@ -295,14 +295,13 @@ def _check(parents: Parents, folder: Path, kind: As, device: str) -> dict[str, A
     found = compare(trained, logits_of(base, adapter, kept, device, ids))
     dtypes = [kept, *([] if kind == "adapter" else [WeightFiles(folder).floating_dtype()])]
     tolerance = tolerance_of(kind == "nf4", dtypes)
-    found |= {"tolerance": tolerance, "computed_in": str(kept).removeprefix("torch.")}
     if not found["difference"] <= tolerance:
         raise HouseError(
             f"the exported model is not the trained one: its logits differ by {found['difference']:.2g} of their spread"
             f" (tolerance {tolerance:g}). Nothing was written. Is {parents.base} the base that it was trained on, with"
             " the weights that it had then?"
         )
-    return found
+    return found | {"tolerance": tolerance, "computed_in": str(kept).removeprefix("torch.")}
 
 
 def _listed(folder: Path) -> list[dict[str, Any]]:

@@ -23,11 +23,12 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..curation.folder import HouseError, read_json, whole_folder, write_json
+from .adapted import LoraLinear
 from .checkpoint import Checkpoint, find_latest, optimizer_tensors, remove_torn, restore_optimizer, save_checkpoint
 from .data import Family, Objective, Plan, make_plan, read_rows, read_units, write_plan
 from .forward import context_of
 from .held_out import Best, held_out_plan, keep_best, measure, prune_best, read_best, with_plan
-from .lora import LoraLinear, add_lora, check_continued, load_adapter, save_adapter
+from .lora import add_lora, check_continued, load_adapter, save_adapter
 from .models import load_model, load_tokenizer
 from .noise import mask_token_of
 from .objectives import Loss, find_loss

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from ..curation.folder import HouseError
 
@@ -114,7 +116,7 @@ def world() -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _join(here: World) -> dist.Store:
+def _join(here: World) -> Store:
     """Joins the process group (gloo for tensors on the CPU, nccl for those on CUDA) and returns its store."""
     backend = "gloo"
     if torch.cuda.is_available():
@@ -125,20 +127,20 @@ def _join(here: World) -> dist.Store:
             )
         torch.cuda.set_device(here.local)
         backend = "cpu:gloo,cuda:nccl"
-    store = dist.PrefixStore(f"gristmill{next(_opened)}", _store())
+    store = PrefixStore(f"gristmill{next(_opened)}", _store())
     dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.size, timeout=PATIENCE)
     return store
 
 
 @cache
-def _store() -> dist.Store:
+def _store() -> Store:
     """The store at MASTER_ADDR, held for the life of the process."""
-    store: dist.Store = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))[0]
+    store: Store = next(rendezvous("env://", timeout=timedelta(minutes=10)))[0]
     store.set_timeout(PATIENCE)
     return store
 
 
-def _speaks(store: dist.Store) -> bool:
+def _speaks(store: Store) -> bool:
     """Whether this rank is the first to fail."""
     try:
         return int(store.add("failed", 1)) == 1
@@ -177,7 +179,7 @@ def sum_gradients(here: World, parameters: Iterable[nn.Parameter]) -> None:
         return
     for bucket in _buckets(list(parameters)):
         flat = torch.cat([_gradient(p).reshape(-1).float() for p in bucket])
-        for parameter, summed in zip(bucket, here.total(flat).split([p.numel() for p in bucket]), strict=True):
+        for parameter, summed in zip(bucket, torch.split(here.total(flat), [p.numel() for p in bucket]), strict=True):
             parameter.grad = summed.view_as(parameter).to(parameter.dtype)
 
 

@@ -37,7 +37,8 @@ def recompute(model: PreTrainedModel, settings: Training) -> int:
         if not isinstance(layer, GradientCheckpointingLayer):
             raise HouseError(f"checkpointing: {type(layer).__name__} of {type(model).__name__} cannot be checkpointed")
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = _offloaded if settings.offload else _checkpointed
+        door: Any = layer  # nn.Module's attributes are typed as tensors and modules
+        door._gradient_checkpointing_func = _offloaded if settings.offload else _checkpointed
     return count
 
 

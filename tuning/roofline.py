@@ -72,7 +72,7 @@ def _shape(kind: str, text: str) -> Shape:
     values = json.loads(text)
     config: Any = AutoConfig.for_model(kind, **{key: value for key, value in values.items() if key != "model_type"})
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     inside = {id(module) for module in model.base_model.layers.modules()}
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside]
     head = model.get_output_embeddings()
@@ -99,10 +99,11 @@ def _shape(kind: str, text: str) -> Shape:
 
 def _windows(config: Any) -> tuple[int | None, ...]:
     kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
+    window: int | None = getattr(config, "sliding_window", None)
+    layers: int = config.num_hidden_layers
     if kinds is not None:
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    return (window if getattr(config, "use_sliding_window", True) else None,) * config.num_hidden_layers
+    return (window if getattr(config, "use_sliding_window", True) else None,) * layers
 
 
 @dataclass(frozen=True)

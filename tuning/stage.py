@@ -142,8 +142,9 @@ def _kl(stage: Stage, units: Ints) -> Tensor | None:
     """KTO's reference point: of the step's prompts with strangers' answers, before the step, without gradient."""
     if "kl" not in stage.loss.tensors:
         return None
-    assert stage.reference is not None and stage.reference.strangers is not None
+    assert stage.reference is not None
     strangers, known, here = stage.reference.strangers, stage.reference.stranger_logps, stage.spread.here
+    assert strangers is not None and known is not None
     packs = [units[pack] for pack in pack_plan(strangers.lengths[units], stage.settings.capacity)]
     ratios = [torch.zeros(2, 0, device=stage.device)]
     with inference(stage.policy):

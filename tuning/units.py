@@ -82,7 +82,8 @@ class Units:
         """Indices of the documents of these units, in their order."""
         starts, widths = self.first[units], self.widths[units]
         inside = np.arange(widths.sum()) - np.repeat(np.cumsum(widths) - widths, widths)
-        return np.repeat(starts, widths) + inside
+        places: Ints = np.repeat(starts, widths) + inside
+        return places
 
     def rows_of(self, units: Ints) -> tuple[list[str], Ints]:
         """Ids of all rows of these units, and for each the place of its unit in `units`."""

@@ -89,7 +89,7 @@ def _read(path: str, inputs: str) -> tuple[str, Found, pa.Table]:
     except ValueError as error:
         raise HouseError(f"ScoreFile: {path}: {key}: {error}; it holds ids that are not gristmill's") from error
     columns = {
-        name: pa.nulls(table.num_rows, kind) if have[name] is None else have[name].cast(kind)
+        name: pa.nulls(table.num_rows, kind) if (column := have[name]) is None else column.cast(kind)
         for name, kind in ScoreFile.columns.items()
     }
     return key, found, pa.table(columns).combine_chunks()
