@@ -16,6 +16,7 @@ from ..curation.rows import digest as digest_of
 from ..curation.sift import SetPlan, full_steps, held_out_rows, state_before, step_name
 from ..tuning.digests import model_digest
 from ..tuning.hub import model_folder
+from .doors.doors import Doors
 from .progress import Done, interrupts_wait
 from .recipe import Curate, Recipe, plain
 from .stages import nearest, steps_of
@@ -34,6 +35,8 @@ class Workshop:
         self.announced: set[str] = set()  # new models that a job of this run makes or finds made
         self.digests: dict[str, str] = {}
         self.loaded: tuple[str, Any] | None = None
+        self.chats: dict[str, ChatModel] = {}
+        self.doors = Doors(self)
 
     def base(self, name: str) -> str:
         """The recipe's model behind a model's or stage's name."""
@@ -52,6 +55,8 @@ class Workshop:
         if model.distil is not None:
             key = digest_of("distil", self.digest(model.distil))
             return self.folder.models / f"{base}-{key[:12]}"
+        if not model.has_weights:
+            raise HouseError(f"model {base!r} can only be asked: this step needs the weights of a model with a `path`")
         assert model.corpus is not None
         sources = [plain(self.recipe.source(source)) for source in self.recipe.sets()[model.corpus].sources]
         key = digest_of(repr(model.new), model.corpus, repr(sources))
@@ -68,6 +73,11 @@ class Workshop:
         if not (out / "adapter" / "adapter_config.json").is_file():
             raise HouseError(f"stage {name!r} has no model yet in {out}: it has not finished")
         return self.base_folder(name), out / "adapter"
+
+    def is_made(self, name: str) -> bool:
+        """Whether the model is made or distilled in a run."""
+        model = self.recipe.models[self.base(name)]
+        return model.new is not None or model.distil is not None
 
     def make(self, name: str, progress: Progress) -> Done:
         """Makes a new or distilled model, or finds it made."""
@@ -121,14 +131,21 @@ class Workshop:
         with interrupts_wait():
             from ..tuning.score import PackedScorer
 
-        scorer: ResponseScorer = self._kept(f"scorer {model}", lambda: PackedScorer(*self.where(model)))
+        scorer: ResponseScorer = self.kept(f"scorer {model}", lambda: PackedScorer(*self.where(model)))
         return scorer
 
     def chat(self, model: str) -> ChatModel:
+        """A model to ask: each answer kept on disk, from its server, vLLM, transformers or cassette."""
+        if model not in self.chats:
+            self.chats[model] = self.doors.chat(model)
+        return self.chats[model]
+
+    def transformers(self, model: str) -> ChatModel:
+        """The model asked by transformers, without anything kept."""
         with interrupts_wait():
             from ..tuning.generate import TransformersChat
 
-        chat: ChatModel = self._kept(f"chat {model}", lambda: TransformersChat(*self.where(model)))
+        chat: ChatModel = self.kept(f"chat {model}", lambda: TransformersChat(*self.where(model)))
         chat.name = model  # as the recipe calls it, not where it lies
         return chat
 
@@ -136,14 +153,14 @@ class Workshop:
         with interrupts_wait():
             from ..tuning.entail import CrossEncoder
 
-        nli: EntailmentModel = self._kept(f"entailment {model}", lambda: CrossEncoder(self.base_folder(model)))
+        nli: EntailmentModel = self.kept(f"entailment {model}", lambda: CrossEncoder(self.base_folder(model)))
         return nli
 
     def embedder(self, model: str) -> Embedder:
         with interrupts_wait():
             from ..tuning.embed import load_embedder
 
-        embedder: Embedder = self._kept(f"embedder {model}", lambda: load_embedder(*self.where(model)))
+        embedder: Embedder = self.kept(f"embedder {model}", lambda: load_embedder(*self.where(model)))
         return embedder
 
     def token_counts(self, model: str, rows: pa.Table) -> pa.Table:
@@ -151,9 +168,10 @@ class Workshop:
             from ..tuning.counts import token_counts
             from ..tuning.models import load_tokenizer
 
-        return token_counts(self._kept(f"tokenizer {model}", lambda: load_tokenizer(self.base_folder(model))), rows)
+        return token_counts(self.kept(f"tokenizer {model}", lambda: load_tokenizer(self.base_folder(model))), rows)
 
-    def _kept(self, key: str, make: Any) -> Any:
+    def kept(self, key: str, make: Any) -> Any:
+        """What `make` makes, until another is asked for: one loaded model at a time."""
         if self.loaded is None or self.loaded[0] != key:
             self.loaded = None  # the one before may go before the next is loaded
             self.loaded = (key, make())
@@ -161,6 +179,9 @@ class Workshop:
 
     def digest(self, model: str) -> str:
         if model not in self.digests:
+            if not self.recipe.models[self.base(model)].has_weights:
+                self.digests[model] = self.doors.digest(model)
+                return self.digests[model]
             home, adapter = self.where(model)
             base = model_digest(home)
             self.digests[model] = base if adapter is None else f"{base}+{model_digest(adapter)}"

@@ -28,7 +28,7 @@ from .stages import Evaluate, cautions, models_of, steps_of
 
 Parts = Literal["all", "curate"]
 FILES = {".parquet", ".jsonl", ".json", ".csv", ".tsv", ".arrow", ".gz", ".zst"}  # what else a path says is no file's
-NOT_OURS = ("measures", "models", "cache")  # what may outlive a release or change without it
+NOT_OURS = ("answers", "measures", "models", "cache")  # what may outlive a release or change without it
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def _read_job(source: Source, folder: RunFolder, crew: Pool) -> Job:
 def shop_jobs(shop: Workshop, names: Iterable[str]) -> Iterator[Job]:
     """A job for each new or distilled model among `names` (stages count as their base model)."""
     for name in dict.fromkeys(shop.base(name) for name in names):
-        if shop.recipe.models[name].path is None and name not in shop.announced:
+        if shop.is_made(name) and name not in shop.announced:
             shop.announced.add(name)
             yield Job(f"make model {name}", partial(shop.make, name))
 
@@ -277,7 +277,8 @@ def _curate_jobs(
 
         def do(progress: Progress, index: int = index) -> Done:
             record = advance(folder, plan, index, shop, progress, crew)
-            return Done(step_text(record), record["cached"], record)
+            spent = [f"    {line}" for line in shop.doors.report()]
+            return Done("\n".join([step_text(record), *spent]), record["cached"], record)
 
         yield Job(f"{stage.set} {step_name(index, step)}", do)
 

@@ -14,7 +14,7 @@ Recipe(
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
@@ -25,30 +25,58 @@ from ..curation.shards import Kind
 from ..curation.steps import Step
 from ..curation.text.benchmark_sets import EvaluationSet
 from ..tuning.settings import NewModel, Training
+from .doors.settings import Budget, Server, Vllm
 
 Objective = Literal["sft", "dpo", "kto"]
 Path = tuple[str | int, ...]
 """Where a value stands in a recipe: ("stages", 2, "steps", 0, "model")."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-RESERVED = ("cache", "curated", "ledger", "measures", "models", "quarantine", "references", "rows")  # folders of OUT
+RESERVED = (
+    "answers",
+    "cache",
+    "curated",
+    "ledger",
+    "measures",
+    "models",
+    "quarantine",
+    "references",
+    "rows",
+)  # folders of OUT
 TRAINS_ON: dict[str, tuple[str, ...]] = {"sft": ("sft",), "dpo": ("preference",), "kto": ("kto",)}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the recipe: a folder in Hugging Face's format, one made on the spot, or one distilled from another.
+    """A model of the recipe: a folder in Hugging Face's format, one made on the spot, one distilled from another, or
+    one that is only asked: behind a server, or on a cassette.
 
     path: the folder, or a name on the Hugging Face hub. new: what to make. corpus: the set whose rows a new model's
     tokenizer and weights are trained on: those still live when the model is first needed (held-out rows never are).
     distil: the model of the recipe (an encoder of the BERT family) that a static embedding model is distilled from
     when it is first needed.
+
+    server: an OpenAI-compatible server. cassette: a JSONL file of recorded answers; beside a server or a path, what it
+    lacks is asked there and recorded. vllm: a model with a path, or the stage that trains it, is asked through vLLM in
+    process. licence: under which its answers may be used; price: of a million prompt tokens and of a million new ones;
+    budget: what a run may spend on its server.
     """
 
     path: str | None = None
     new: NewModel | None = None
     corpus: str | None = None
     distil: str | None = None
+    server: Server | None = None
+    cassette: str | None = None
+    vllm: Vllm | None = None
+    licence: str | None = None
+    price: tuple[float, float] | None = None
+    budget: Budget | None = None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it can be loaded, trained and measured, and not only asked."""
+        return any(part is not None for part in (self.path, self.new, self.distil))
 
 
 @dataclass(frozen=True)
@@ -227,9 +255,11 @@ def _bad_sources(recipe: Recipe) -> Iterator[tuple[Path, str]]:
 def _bad_models(recipe: Recipe) -> Iterator[tuple[Path, str]]:
     for name, model in recipe.models.items():
         at: Path = ("models", name)
-        kinds = [f"`{kind}`" for kind in ("path", "new", "distil") if getattr(model, kind) is not None]
-        if len(kinds) != 1:
-            said = f"both {' and '.join(kinds)}" if kinds else "none of `path`, `new` and `distil`"
+        kinds = [f"`{kind}`" for kind in ("path", "new", "distil", "server") if getattr(model, kind) is not None]
+        if len(kinds) > 1 or not (kinds or model.cassette):
+            said = (
+                f"both {' and '.join(kinds)}" if kinds else "none of `path`, `new`, `distil`, `server` and `cassette`"
+            )
             yield at, f"model {name!r} has {said}: give one of them"
         elif model.new is not None and model.corpus is None:
             yield at, f"model {name!r} is new: name the set that it learns from, as `corpus`"
@@ -240,6 +270,22 @@ def _bad_models(recipe: Recipe) -> Iterator[tuple[Path, str]]:
             yield (*at, "distil"), f"{name!r} is distilled from a model that has a path; {nearest(model.distil, known)}"
         if model.corpus is not None and model.corpus not in recipe.sets():
             yield (*at, "corpus"), f"unknown set {model.corpus!r}; {nearest(model.corpus, list(recipe.sets()))}"
+        yield from _bad_asking(name, model, at)
+
+
+def _bad_asking(name: str, model: Model, at: Path) -> Iterator[tuple[Path, str]]:
+    """What a model says of how it is asked must fit what it is."""
+    if model.vllm is not None and model.path is None and model.new is None:
+        yield (*at, "vllm"), f"model {name!r} has no `path`: vLLM in process serves a model on this machine"
+    if model.budget is not None and model.server is None:
+        yield (*at, "budget"), f"model {name!r} has no server: a budget is of what a server is asked"
+    if model.budget is not None and model.budget.money is not None and not any(model.price or ()):
+        yield (
+            (*at, "budget"),
+            f"model {name!r} has a budget of money and no `price`: give [PROMPT, ANSWER] a million tokens",
+        )
+    if model.price is not None and min(model.price) < 0:
+        yield (*at, "price"), f"the price of model {name!r} is at least 0, not {list(model.price)}"
 
 
 def _bad_curate(
@@ -282,12 +328,47 @@ def _bad_train(
         yield (*at, "evaluate_every"), f"set {stage.set!r} holds no rows out (held_out: 0): nothing to evaluate on"
     if stage.model not in recipe.models:
         yield (*at, "model"), f"unknown model {stage.model!r}; {nearest(stage.model, list(recipe.models))}"
+    elif not recipe.models[stage.model].has_weights:
+        yield (*at, "model"), f"model {stage.model!r} can only be asked: what is trained needs a `path`, or is `new`"
+    yield from _bad_licences(recipe, stage, sets)
     if stage.start is None:
         return
     if stage.start not in trained:
         yield (*at, "start"), f"no earlier stage {stage.start!r}; {nearest(stage.start, list(trained))}"
     elif trained[stage.start].model != stage.model:
         yield (*at, "start"), f"stage {stage.start!r} trains {trained[stage.start].model!r}, not {stage.model!r}"
+
+
+def _bad_licences(recipe: Recipe, stage: Train, sets: Mapping[str, Curate]) -> Iterator[tuple[Path, str]]:
+    """Models whose licence the recipe does not allow, and whose answers the stage trains on."""
+    if recipe.licences is None:
+        return
+    for name in makers_models(recipe, stage.set, sets):
+        model = recipe.models.get(recipe.trained()[name].model if name in recipe.trained() else name)
+        if model is None or (model.licence is None and model.has_weights) or model.licence in recipe.licences:
+            continue
+        said = "no `licence`" if model.licence is None else f"the licence {model.licence!r}"
+        yield (
+            ("models", name, "licence"),
+            f"stage {stage.name!r} trains on what model {name!r} made, which has {said}; this recipe allows "
+            f"{', '.join(recipe.licences) or 'none'}. Say its licence, add it to `licences`, or ask another model",
+        )
+
+
+def makers_models(recipe: Recipe, set_name: str, sets: Mapping[str, Curate]) -> list[str]:
+    """Models whose answers may be in a set: of its makers, and of the sets that those take rows from."""
+    found: dict[str, None] = {}
+    waiting, seen = [set_name], set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in sets:
+            continue
+        seen.add(name)
+        for step in sets[name].steps:
+            if getattr(step, "scope", None) == "maker":
+                found |= dict.fromkeys(answering(step))
+                waiting += [getattr(step, "set_name", None) or ""]
+    return list(found)
 
 
 def _bad_loss(stage: Train, at: Path) -> Iterator[tuple[Path, str]]:
@@ -307,6 +388,8 @@ def _bad_evaluate(
     for index, name in enumerate(stage.models):
         if name not in known:
             yield (*at, "models", index), f"unknown model or earlier stage {name!r}; {nearest(name, known)}"
+        elif name in recipe.models and not recipe.models[name].has_weights:
+            yield (*at, "models", index), f"model {name!r} can only be asked: it has no weights to evaluate"
     for index, name in enumerate(stage.sets):
         if name not in sets:
             yield (*at, "sets", index), f"unknown set {name!r}; {nearest(name, list(sets))}"
@@ -317,7 +400,14 @@ def _bad_evaluate(
 
 
 def models_of(step: Any) -> list[str]:
-    """Names of the models that a step needs: its measures' own, and a maker's."""
-    if step.scope == "maker":
-        return [] if step.model is None else [step.model]
-    return list(dict.fromkeys(name for measure in getattr(step, "needs", ()) for name in measure.models))
+    """Names of the models that a step needs: its measures' own, a maker's, and those of the maker's verifiers."""
+    if step.scope != "maker":
+        return list(dict.fromkeys(name for measure in getattr(step, "needs", ()) for name in measure.models))
+    parts = [getattr(step, item.name) for item in fields(step)]
+    verifiers = [part.model for part in parts if hasattr(part, "verify") and part.model is not None]
+    return list(dict.fromkeys([*answering(step), *verifiers]))
+
+
+def answering(maker: Any) -> list[str]:
+    """Names of the models whose answers a maker turns into rows: `model`, and `models` where it has several."""
+    return [name for name in (maker.model, *getattr(maker, "models", ())) if name is not None]

@@ -1,0 +1,91 @@
+"""What a recipe says of the doors to language models: which server, how hard to press it, how much may be spent."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from ...curation.folder import HouseError
+
+Price = tuple[float, float]
+"""Of a million prompt tokens and of a million new ones, in the user's currency."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """An OpenAI-compatible server of chat completions, `vllm serve` first of all.
+
+    url: up to its version, `http://127.0.0.1:8000/v1`. model: as the server calls it; None: the only one it has.
+    key_env: the environment variable that holds the API key, which is read from nowhere else and written nowhere.
+    concurrency: requests under way at once. timeout: seconds for one try; deadline: seconds for one request with its
+    retries and their pauses, but for those while the server is down. retries: tries after the first, each after about
+    twice the pause of the one before, from `backoff` seconds to 30, shortened by chance by up to half. patience:
+    seconds that a server which answers nothing is waited for, with a single probe now and then, before the rest fails.
+    requests_per_minute, tokens_per_minute: never more in any 60 seconds (tokens of a request under way: the prompt's by
+    estimate and all that it may answer). context: tokens that prompt and answer share, where the server does not tell.
+    tokenizer: a local folder or name whose tokenizer and chat template count prompts before they are sent; without it
+    only prompts that are too long by any count are found before. extra: more fields of every request's body, such as
+    {chat_template_kwargs: {enable_thinking: false}}.
+    """
+
+    url: str
+    model: str | None = None
+    key_env: str | None = None
+    concurrency: int = 32
+    timeout: float = 300.0
+    deadline: float = 900.0
+    retries: int = 8
+    backoff: float = 0.5
+    patience: float = 120.0
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    context: int | None = None
+    tokenizer: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.username or parts.password:
+            raise HouseError("Server: the url holds a password: name the variable that holds the key, as `key_env`")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise HouseError(f"Server: {self.url!r} is no http address; write http://127.0.0.1:8000/v1")
+        if parts.query or parts.fragment:
+            raise HouseError("Server: the url ends with its path, such as /v1, without ? or #")
+        if self.concurrency < 1 or self.retries < 0:
+            raise HouseError("Server: concurrency is at least 1, retries at least 0")
+        if min(self.timeout, self.deadline, self.backoff) <= 0 or self.patience < 0:
+            raise HouseError("Server: timeout, deadline and backoff are above 0 seconds, patience at least 0")
+        limits = {name: getattr(self, name) for name in ("requests_per_minute", "tokens_per_minute", "context")}
+        for name, limit in limits.items():
+            if limit is not None and limit < 1:
+                raise HouseError(f"Server: {name} is at least 1; leave it out for no limit")
+
+
+@dataclass(frozen=True)
+class Vllm:
+    """vLLM in process. dtype: auto, bfloat16, float16 or float32. context: tokens of prompt and answer, by default the
+    model's own. eager: no compilation (starts sooner). memory: share of the GPU's memory to take; concurrency:
+    sequences under way at once; max_lora_rank: of the adapters it may be given. seed: the engine's own."""
+
+    dtype: str = "auto"
+    context: int | None = None
+    eager: bool = False
+    memory: float = 0.9
+    concurrency: int = 256
+    max_lora_rank: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may spend on one model, over all its starts. tokens: of prompts and answers; money: in the currency of
+    the model's price. A request that might go beyond it is not asked and fails with `budget`."""
+
+    tokens: int | None = None
+    money: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens is None and self.money is None:
+            raise HouseError("Budget: give tokens, money or both")
+        if min(self.tokens or 0, self.money or 0) < 0:
+            raise HouseError("Budget: tokens and money are at least 0")
