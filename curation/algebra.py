@@ -1,5 +1,5 @@
-"""Whether two results are one, by math-verify (sympy's algebra over a LaTeX grammar): fractions, roots, sets, intervals,
-matrices, equations.
+"""Whether two results are one, by math-verify (sympy's algebra over a LaTeX grammar): fractions, roots, sets,
+intervals, matrices, equations.
 
 Algebra on what a model wrote may take for ever, or all memory: `9^{9^{9^9}}` does. So it is done in processes of its
 own, each with a limit of CPU seconds and memory that the kernel holds. A pair that meets the limit is undecided (None),
@@ -32,7 +32,9 @@ def equal_results(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
     if not pairs:
         return []
     if find_spec("math_verify") is None:
-        raise HouseError("comparing results that are no plain numbers needs math-verify: pip install 'gristmill[curate]'")
+        raise HouseError(
+            "comparing results that are no plain numbers needs math-verify: pip install 'gristmill[curate]'"
+        )
     with ThreadPoolExecutor(min(WORKERS, len(pairs))) as threads:
         return list(threads.map(_equal, pairs))
 

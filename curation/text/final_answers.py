@@ -22,8 +22,9 @@ WHOLE = re.compile(
     r"(?P<unit>(?:\s+(?!(?:pi|or|and|to)\b)[A-Za-z][A-Za-z.'/-]+|\s*°)*)"
 )
 MAGNITUDES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-SPACES = re.compile(r"\\[!,;: ]|\\q?quad(?![A-Za-z])|~|\s+")
+SPACES = re.compile(r"(?<!\\)\\[!,;: ]|\\q?quad(?![A-Za-z])|~|\s+")
 TEXT = re.compile(r"\\(?:text(?:bf|it|rm|tt|normal)?|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
+FORMULA = re.compile(r"[\\^_]|^[^A-Za-z]*[a-zA-Z]?[^A-Za-z]*$")
 LONGEST = 400  # characters of a result; longer ones are no results
 DIGITS_AT_MOST = 100  # of a number; longer ones are decimals that never ended
 
@@ -47,8 +48,8 @@ def reference_answer(text: str) -> str | None:
     marked = final_answer(text, last_number=False)
     stripped = text.strip()
     if marked is None and stripped and "\n" not in stripped and len(stripped) <= LONGEST:
-        if number(stripped) is not None or len(stripped.split()) <= 8:
-            return stripped
+        bare = number(stripped) is not None or len(stripped.split()) <= 8 or FORMULA.search(stripped) is not None
+        return stripped if bare else final_answer(text)
     return marked or final_answer(text)
 
 
@@ -78,7 +79,7 @@ def _boxed(text: str, start: int) -> str | None:
 def _of_sentence(said: str) -> str | None:
     """The result in what follows "answer is": its formula, a number, or the words up to the sentence's end."""
     formula = re.search(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", said)
-    if formula and not re.match(r"\s*[\d.,]+", formula[1] or "") or (formula and said.startswith(("$$", "\\"))):
+    if formula and (not re.match(r"\s*[\d.,]+", formula[1] or "") or said.startswith(("$$", "\\"))):
         return next(group for group in formula.groups() if group is not None)
     said = re.split(r"(?<=[^\d])\.(?:\s|$)|(?<=\d)\.(?:\s|$)", said.strip("*_ \t"))[0].strip("*_ \t")
     if number(said) is not None or "\\" in said:

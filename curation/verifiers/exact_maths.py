@@ -12,13 +12,12 @@ from ..verifying import Case, Finding
 class ExactMaths:
     r"""Right where the result that the answer gives equals the reference's.
 
-    The result is what stands after the last `####` (GSM8K) or in the last `\boxed{}` (MATH), else after "the answer is",
-    `Answer:` or `A:`. last_number: else the last number of the text. Numbers are compared exactly as fractions: 1,000 is
-    1000.00, 1/2 is 0.5, 25 % is 25 and 0.25, units and currencies are left out. Everything else (roots, sets, intervals,
-    equations) goes to math-verify 0.9 or later, over sympy, in processes with limits of their own. Abstains where the
-    reference or the answer gives no result, and where the algebra does not end. value: the result in normal form, by
-    which equal numbers are known.
-    """
+    The result is what stands after the last `####` (GSM8K) or in the last `\boxed{}` (MATH), else after "the answer
+    is", `Answer:` or `A:`. last_number: else the last number of the text. Numbers are compared exactly as fractions:
+    1,000 is 1000.00, 1/2 is 0.5, 25 % is 25 and 0.25, units and currencies are left out. Everything else (roots, sets,
+    intervals, equations) goes to math-verify 0.9 or later, over sympy, in processes with limits of their own. Abstains
+    where the reference or the answer gives no result, and where the algebra does not end. value: the result in normal
+    form, by which equal numbers are known."""
 
     last_number: bool = True
 

@@ -20,8 +20,8 @@ class JsonSchema:
 
     schema: JSON of the schema; None: each row's own, in its meta under `field` (an object or its JSON). bare: the whole
     answer has to be the JSON; else a single fenced block, or the text from the first brace, will do. Abstains where a
-    row has no schema, or none that is one. References to other addresses are not followed. value: the JSON, keys sorted.
-    """
+    row has no schema, or none that is one. References to other addresses are not followed. value: the JSON, keys
+    sorted."""
 
     schema: str | None = None
     field: str = "schema"

@@ -12,7 +12,8 @@ from ..verifying import Case, Finding
 
 LETTER = r"[(\[]?\b([A-Z])\b[)\].:]?"
 CHOSEN = re.compile(
-    rf"(?:\b(?:answer|option|choice|choose|pick)\b(?:\s+(?:is|would be|should be))?|^\s*(?:A|Answer)\s*:)[\s:*(]*{LETTER}",
+    r"(?:\b(?:answer|option|choice|choose|pick)\b(?:\s+(?:is|would be|should be))?|^\s*A(?:nswer)?\s*:)[\s:*(]*"
+    rf"{LETTER}",
     re.MULTILINE | re.IGNORECASE,
 )
 ALONE = re.compile(rf"^[\s*]*{LETTER}[\s*]*(?:$|[^\w\s'])", re.MULTILINE)
