@@ -135,7 +135,8 @@ def tokenise_messages(
     messages: turns as a chat template expects them (`plain_messages`). Turns after the last assistant turn teach
     nothing and are left out. train: all assistant turns, or the last one alone; trained are content and end-of-turn
     token. spans: of field `messages` give their characters a weight of their own inside trained turns; one that
-    reaches its content's end covers the end-of-turn token too. Without an assistant turn nothing is trained (all
+    reaches its content's end covers the end-of-turn token too, and one of no characters at that end nothing else.
+    Without an assistant turn nothing is trained (all
     weights 0). HouseError names the turn where the template does not let its start or end be told.
     """
     return _tokenise(tokenizer, _drafts(Template(tokenizer), messages, tools, _of(spans, "messages"), train))
@@ -400,12 +401,14 @@ def _weighted(
         raise HouseError(f"turn {index}: the chat template rewrites its content, so spans cannot be placed in it")
     weighted = [(start, end, 1.0)]
     for span in spans:
-        if not 0 <= span["start"] < span["end"] <= len(content):
+        tail = span["start"] == span["end"] == len(content)  # of no characters: what closes the turn
+        if not tail and not 0 <= span["start"] < span["end"] <= len(content):
             raise HouseError(
                 f"turn {index}: span {span['start']}..{span['end']} lies outside its {len(content)} characters"
             )
         stop = end if span["end"] >= len(content.rstrip()) else zero + span["end"]
-        weighted.append((max(place, zero + span["start"]), stop, float(span["weight"])))
+        start_at = zero + (len(content.rstrip()) if tail else span["start"])
+        weighted.append((max(place, start_at), stop, float(span["weight"])))
     return tuple(weighted)
 
 

@@ -29,8 +29,8 @@ class BestAgainstWorst:
     judge: the model that ranks, with max_tokens judge_tokens, temperature 0. how: `scores` asks for a score of each
     answer by `rubric` (measures.judge_scores); `pairs` asks of each two answers which is better, twice with their
     places swapped (a verdict that turns with the places is a tie), and an answer's score is the share of comparisons
-    that it wins, ties half. An answer of the judge that cannot be read is asked for once more, then it abstains: that score, or
-    that comparison, is missing, and counted.
+    that it wins, ties half. An answer of the judge that cannot be read is asked for once more, then it abstains: that
+    score, or that comparison, is missing, and counted.
 
     against: `worst` pairs the two answers of the widest gap, `random` the best with one drawn by a hash. margin: least
     gap of their scores, on the rubric's scale or 0 to 1; without any gap there is no pair. length_ratio: the longer has

@@ -74,10 +74,12 @@ def _drawn(file: str, record: Record, root: Node, shape: str) -> Iterator[Found]
         return
     about = {name: root[name] for name in ("message_tree_id", "lang") if root.get(name) is not None}
     if shape == "tree_preference":
-        for path, best, worst in _pairs(root):
+        for path, ranked in _ranked(root):
+            best, worst = ranked[0], ranked[-1]
             ids = [node.get("message_id") for node in (*path, best, worst)]
+            replies = [{name: one.get(name) for name in ("message_id", "rank", "text")} for one in ranked]
             pair = {"prompt": [_turn(node) for node in path], "chosen": [_turn(best)], "rejected": [_turn(worst)]}
-            yield file, None, Record(record.line, {**pair, **about, "message_ids": ids}, record.raw)
+            yield file, None, Record(record.line, {**pair, **about, "message_ids": ids, "replies": replies}, record.raw)
         return
     path = _best(root)
     while path and _role(path[-1]) != "assistant":
@@ -116,15 +118,16 @@ def _best(root: Node) -> list[Node]:
     return path
 
 
-def _pairs(root: Node) -> Iterator[tuple[list[Node], Node, Node]]:
-    """(turns that lead there, best reply, worst reply) of each prompt with replies of different ranks."""
+def _ranked(root: Node) -> Iterator[tuple[list[Node], list[Node]]]:
+    """(turns that lead there, an assistant's ranked replies, the best first) of each prompt with replies of different
+    ranks."""
     waiting = [[root]]
     while waiting:
         path = waiting.pop()
         replies = _replies(path[-1])
         ranked = [one for one in replies if one.get("rank") is not None and _role(one) == "assistant"]
         if len(ranked) > 1 and ranked[0]["rank"] < ranked[-1]["rank"]:
-            yield path, ranked[0], ranked[-1]
+            yield path, ranked
         waiting += [[*path, reply] for reply in reversed(replies)]
 
 

@@ -48,6 +48,10 @@ class Rows:
 
     def __init__(self, rows: list[dict[str, Any]], part: int = 1000, tools: Any = None) -> None:
         self.all, self.part, self.tools, self.seen = rows, part, tools, [(0, 0)]
+        self.facts: dict[str, Any] = {}
+
+    def record(self, **facts: Any) -> None:
+        self.facts |= facts
 
     def progress(self, done: int, total: int) -> None:
         self.seen.append((done, total))
@@ -152,7 +156,7 @@ def test_a_limit_takes_the_same_documents_in_any_order() -> None:
 
 
 class Chat:
-    name, digest = "small", "d"
+    name, digest, licence, price = "small", "d", "MIT", (0.0, 0.0)
 
     def __init__(self, answer: Callable[[ChatRequest], ChatAnswer | ChatError]) -> None:
         self.answer, self.requests = answer, []  # type: ignore[var-annotated]
@@ -201,7 +205,9 @@ def test_pairs_hold_reference_and_sampled_answer(make_row: Make, train: list[dic
         assert [(turn["role"], turn["content"]) for turn in row["rejected"]] == [
             ("assistant", f"I say {before[-2]['content']}")
         ]
-        assert json.loads(row["meta"]) == {"sampled_tokens": 9, "finished": False, "model": "small"}
+        meta = json.loads(row["meta"])
+        assert {"sampled_tokens": 9, "finished": False, "model": "small"}.items() <= meta.items()
+        assert {"model": "small", "licence": "MIT", "maker": "PreferenceFromModel"}.items() <= meta["made"].items()
         assert row["maker"] == repr(maker) and row["source"] == "preference_from_model"
     (last,) = [request for request in tools.model.requests if len(request.messages) == 4]
     assert last.messages == (("system", "Be kind."), ("user", "One?"), ("assistant", "1"), ("user", "Two?"))
@@ -227,17 +233,22 @@ def test_what_gives_no_pair_is_counted(make_row: Make, train: list[dict[str, Any
     chat = Chat(lambda request: answers.get(request.messages[-1][1]) or echo(request))
     rows = [*train[:8], make_row("t", 50, "unanswered", None), make_row("t", 51, "q", " ")]
     maker = PreferenceFromModel("m", prompts=100, test_prompts=0)
-    with pytest.warns(
-        UserWarning, match="4 pairs of 10 rows; without a pair: 1 empty, 1 equal, 2 no_reference, 2 too_long"
-    ):
-        made = made_by(maker, Rows([], tools=Tools(chat, rows, [])))
+    corpus = Rows([], tools=Tools(chat, rows, []))
+    with pytest.warns(UserWarning, match="PreferenceFromModel: 2 too_long of 8 requests failed"):
+        made = made_by(maker, corpus)
+    told = corpus.facts["synthesis"]
+    assert (told["asked"], told["made"], told["failed"]) == (8, 4, {"too_long": 2})
+    assert told["unparsed"] == {"empty": 1, "equal": 1} and told["refused"] == {"no_reference": 2}
     assert [row["position"] for row in made] == [0, 1, 2, 3]
     assert {row["messages"][0]["content"] for row in made} == {f"question {n}" for n in range(4, 8)}
 
 
 def test_no_rows_ask_nothing(train: list[dict[str, Any]]) -> None:
     chat = Chat(echo)
-    assert made_by(PreferenceFromModel("m", prompts=0), Rows([], tools=Tools(chat, train, []))) == []
+    with pytest.warns(UserWarning, match="made no row: 0 requests; nothing to ask"):
+        assert (
+            made_by(PreferenceFromModel("m", prompts=0, test_prompts=0), Rows([], tools=Tools(chat, train, []))) == []
+        )
     assert chat.requests == []
     with pytest.raises(HouseError, match="max_tokens"):
         PreferenceFromModel("m", max_tokens=0)
