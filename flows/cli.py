@@ -338,6 +338,23 @@ def losses(name: Annotated[str | None, typer.Argument(help="One of them, with it
 
 
 @app.command()
+def plan(
+    what: Annotated[str, typer.Argument(help="A number of examples (an amount of money, with prices), or a recipe.")],
+    *,
+    model_kind: Annotated[
+        str | None, typer.Option(help="base or instruct. Default: both; of a recipe by its models' names.")
+    ] = None,
+    sft_price: Annotated[float | None, typer.Option(help="Of one SFT example. WHAT is then money.")] = None,
+    pair_price: Annotated[float | None, typer.Option(help="Of one preference pair.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The recipe's run. Default: its name.")] = None,
+) -> None:
+    """How to share a data budget between SFT examples and preference pairs, and why; warns of recipes that differ."""
+    from .planning import explain
+
+    typer.echo(explain(what, model_kind, sft_price, pair_price, out))
+
+
+@app.command()
 def doctor() -> None:
     """What this machine has, what it lacks, and what to do about it."""
     from .doctor import examine, show

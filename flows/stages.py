@@ -400,12 +400,13 @@ def _bad_evaluate(
 
 
 def models_of(step: Any) -> list[str]:
-    """Names of the models that a step needs: its measures' own, a maker's, and those of the maker's verifiers."""
+    """Names of the models that a step needs: its measures' own, a maker's, those that it asks besides (`asked`: such as
+    a judge) and those of its verifiers."""
     if step.scope != "maker":
         return list(dict.fromkeys(name for measure in getattr(step, "needs", ()) for name in measure.models))
     parts = [getattr(step, item.name) for item in fields(step)]
     verifiers = [part.model for part in parts if hasattr(part, "verify") and part.model is not None]
-    return list(dict.fromkeys([*answering(step), *verifiers]))
+    return list(dict.fromkeys([*answering(step), *getattr(step, "asked", ()), *verifiers]))
 
 
 def answering(maker: Any) -> list[str]:
