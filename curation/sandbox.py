@@ -36,7 +36,7 @@ class Limits:
     file_size: bytes of one file. disk: bytes of the scratch folder, looked at ten times a second."""
 
     cpu: int = 10
-    seconds: float = 30.0
+    seconds: float = 60.0
     memory: int = 1 << 30
     output: int = 1 << 20
     file_size: int = 16 << 20
