@@ -64,9 +64,8 @@ def main() -> None:
     }
     for one in figures["disagreements"]:
         print(f"{one['model']}: label {one['label']}, found {one['found']}: {one['why']}\n  {one['question'][:100]}")
-    print(
-        f"{figures['answers']:,} answers, agreement {figures['agreement']:.2%}, {figures['answers_per_cpu_second']:,}/CPU s"
-    )
+    speed = f"{figures['answers_per_cpu_second']:,} answers a CPU second"
+    print(f"{figures['answers']:,} answers, agreement {figures['agreement']:.2%}, {speed}")
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(about | figures, indent=1) + "\n", encoding="utf-8")
 
