@@ -215,7 +215,7 @@ def matched(
     return pairs
 
 
-def pair_row(chosen: Said, rejected: Said, meta: Mapping[str, Any], **content: Any) -> dict[str, Any]:
+def pair_row(chosen: Said, rejected: Said, meta: Mapping[str, Any], /, **content: Any) -> dict[str, Any]:
     """A preference row of two answers to one question, with the origin of both: `made` is the chosen one's,
     `rejected_made` the other's."""
     question: Question = chosen.ask.about
