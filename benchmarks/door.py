@@ -1,0 +1,148 @@
+"""The door to servers on this machine: does it keep a server saturated, and what does a request cost?
+
+    python benchmarks/door.py [--requests 2000] [--concurrency 64] [--delay 0.05] [--json PATH]
+
+A local server answers each request after --delay seconds, whatever their number. Compared: a plain asyncio client over
+the same HTTP library with a semaphore and nothing else; the door; the door with kept answers, fresh and again; the door
+on a server with ten per cent of every fault (its healthy share of the fault-free rate). The server runs in a process of
+its own; `cpu` is the client's processor time per request. share: of what --concurrency places could answer at most.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from gristmill.curation.door import ChatAnswer, ChatRequest, Sampling
+from gristmill.flows.doors.kept import Answers, KeptChat
+from gristmill.flows.doors.server import ServerChat
+from gristmill.flows.doors.settings import Server
+from gristmill.flows.doors.wire import body, read_answer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "flows"))
+from bad_server import RETRIED, TEN, BadServer
+
+
+def serve(line: Connection, shares: dict[str, float], delay: float) -> None:
+    with BadServer(shares, delay=delay) as server:
+        line.send(server.url)
+        line.recv()
+        line.send((dict(server.faults), server.billed.total(), server.most_at_once))
+
+
+def with_server(shares: dict[str, float], delay: float, work: Callable[[str], Any]) -> tuple[Any, dict[str, Any]]:
+    """What `work` returns, with its seconds and those of the processor, and what the server saw."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs, shares, delay), daemon=True)
+    process.start()
+    url = ours.recv()
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = work(url)
+    spent = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    ours.send(None)
+    faults, billed, most = ours.recv()
+    process.join()
+    return result, spent | {"faults": faults, "billed": billed, "most_at_once": most}
+
+
+def requests(count: int) -> list[ChatRequest]:
+    return [
+        ChatRequest((("user", f"question {at} " + "word " * 100),), at, Sampling(max_tokens=16)) for at in range(count)
+    ]
+
+
+def plain(url: str, asked: list[ChatRequest], concurrency: int) -> int:
+    """The least that an asyncio client does."""
+
+    async def run() -> int:
+        places = asyncio.Semaphore(concurrency)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
+        async with httpx.AsyncClient(base_url=url + "/", limits=limits, timeout=60, trust_env=False) as client:
+
+            async def one(request: ChatRequest) -> bool:
+                async with places:
+                    answer = await client.post("chat/completions", content=body(request, "bad", 16, (), {}))
+                return isinstance(read_answer(answer.content, request), ChatAnswer)
+
+            return sum(await asyncio.gather(*map(one, asked)))
+
+    return asyncio.run(run())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--delay", type=float, default=0.05, help="seconds of an answer")
+    parser.add_argument("--json", type=Path)
+    how = parser.parse_args()
+    asked = requests(how.requests)
+
+    def door(url: str) -> ServerChat:
+        return ServerChat(Server(url, concurrency=how.concurrency, timeout=max(20 * how.delay, 1.0), backoff=0.05))
+
+    def answered(chat: Any) -> int:
+        return sum(isinstance(answer, ChatAnswer) for answer in chat.complete(asked))
+
+    def kept(url: str) -> tuple[int, float]:
+        with tempfile.TemporaryDirectory() as home:
+            chat = door(url)
+            front = KeptChat(Answers(Path(home) / "a.sqlite"), lambda: chat, name=chat.name, digest=chat.digest)
+            count, start = answered(front), time.process_time()
+            answered(front)
+            return count, (time.process_time() - start) / len(asked)
+
+    best = how.concurrency / how.delay if how.delay else None
+    rows: dict[str, dict[str, Any]] = {}
+    contenders: dict[str, tuple[dict[str, float], Callable[[str], Any]]] = {
+        "plain asyncio": ({}, lambda url: plain(url, asked, how.concurrency)),
+        "door": ({}, lambda url: answered(door(url))),
+        "door, kept": ({}, kept),
+        "door, faults": (dict(TEN), lambda url: answered(door(url))),
+    }
+    for name, (shares, work) in contenders.items():
+        result, spent = with_server(shares, how.delay, work)
+        count, again = result if isinstance(result, tuple) else (result, None)
+        rate = count / spent["seconds"]
+        rows[name] = spent | {
+            "answered": count,
+            "per_second": rate,
+            "share": rate / best if best else None,
+            "cpu_ms_per_request": 1e3 * spent["cpu"] / how.requests,
+            "cpu_ms_kept_again": None if again is None else 1e3 * again,
+        }
+    tries = sum(rows["door, faults"]["faults"].values())
+    lost = sum(rows["door, faults"]["faults"].get(fault, 0) for fault in RETRIED)
+    found = {
+        "door_of_plain": rows["door"]["per_second"] / rows["plain asyncio"]["per_second"],
+        "faulty_of_healthy_share": rows["door, faults"]["per_second"]
+        / (rows["door"]["per_second"] * (1 - lost / tries)),
+    }
+    for name, row in rows.items():
+        sys.stdout.write(f"{name:<14} {row['per_second']:8.1f}/s  cpu {row['cpu_ms_per_request']:.2f} ms/request\n")
+    sys.stdout.write("".join(f"{name} {value:.3f}\n" for name, value in found.items()))
+    if how.json:
+        about = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": " ".join(sys.argv),
+            "hardware": {"machine": platform.machine(), "cores": multiprocessing.cpu_count()},
+            "versions": {name: version(name) for name in ("gristmill", "httpx")}
+            | {"python": platform.python_version()},
+        }
+        how.json.write_text(json.dumps(about | {"rows": rows} | found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
