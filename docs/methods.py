@@ -14,18 +14,21 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from gristmill.curation.folder import HouseError, RunFolder
+from gristmill.curation.folder import HouseError, RunFolder, read_json
 from gristmill.curation.ledger import step_folders
 from gristmill.curation.steps import find_steps
+from gristmill.flows.doors.published import MODELS, write_cassette
 from gristmill.flows.progress import Silent
-from gristmill.flows.recipe import load_text
+from gristmill.flows.recipe import load_recipe, load_text
 from gristmill.flows.run import run
 from gristmill.flows.scoring import score_command
 from gristmill.flows.single import make_single
@@ -46,14 +49,22 @@ SOURCES = {
     "languages": ("lingua_sentences", "Apache-2.0"),
     "trees": ("oasst_en_100_trees", "Apache-2.0"),
     "answers": ("self_instruct_predictions", "Apache-2.0"),
+    "ranked": ("oasst_en_100_trees", "Apache-2.0"),
+    "marked": ("finegrained_rlhf_dev500", "Apache-2.0"),
+    "questions": ("gsm8k_test", "MIT"),
 }
+SHAPES = {"ranked": "tree_preference"}
 COLUMNS = {
     "maths": {"prompt": "question", "completion": "answer"},
     "thoughts": {"prompt": "question", "completion": "rationale"},
     "answers": {"prompt": "prompt", "completion": "response"},
+    "marked": {"prompt": "question", "completion": "prediction 1"},
+    "questions": {"prompt": "question", "completion": "answer"},
 }
 MIX = ("alpaca", "code", "maths")
 SCORES = "scores.parquet"  # as a line of a recipe names it
+CASSETTE = "math-dart.jsonl"  # what real models answered to GSM8K's questions
+NO_ROW = "The tiny model made no row here: its answers cannot be read. What became of its requests:"
 
 
 @dataclass(frozen=True)
@@ -115,13 +126,35 @@ def score_few(home: Path) -> Path:
     return home / SCORES
 
 
-def recipe_of(name: str, example: Example, nli: Path, scores: Path) -> str:
-    """A recipe with the set `name` for the example, and the set that the small model learns from."""
+def state_steps(home: Path) -> Path:
+    """A file in the form of Math-Step-DPO-10K: published solutions to one question, of which one is right and one is
+    wrong, from the step on in which they differ; the equal steps before it are stated apart."""
+    rows = []
+    for row in pq.read_table(DATA / "gsm8k_model_solutions.parquet").to_pylist():
+        said = [json.loads(row[model]) for model in MODELS]
+        right, wrong = (
+            [one["solution"].splitlines() for one in said if one["is_correct"] is is_so] for is_so in (True, False)
+        )
+        for good, bad in product(right, wrong):
+            before = next((at for at, (a, b) in enumerate(zip(good, bad, strict=False)) if a != b), 0)
+            if before:
+                stated = "\n".join(good[:before]) + "\n"
+                step = {"chosen": good[before], "rejected": bad[before], "initial_reason_steps": stated}
+                rows.append({"prompt": row["question"]} | step)
+    pq.write_table(pa.Table.from_pylist(rows), home / "stated.parquet")
+    return home / "stated.parquet"
+
+
+def recipe_of(name: str, example: Example, scratch: Path) -> str:
+    """A recipe with the set `name` for the example, and the sets that the small models learn from."""
     sources: dict[str, Any] = {"docstrings": {"path": "docstrings:stdlib", "licence": "PSF-2.0", "limit": 400}}
     for source, (file, licence) in SOURCES.items():
         sources[source] = {"path": f"{DATA}/{file}.parquet", "licence": licence, "limit": ROWS}
         if source in COLUMNS:
             sources[source]["columns"] = COLUMNS[source]
+        if source in SHAPES:
+            sources[source]["shape"] = SHAPES[source]
+    sources["stated"] = {"path": str(scratch / "stated.parquet"), "licence": "MIT"}
     sources["few"] = sources["code"] | {"limit": 12}
     sources["few_pairs"] = sources["preferences"] | {"limit": 12}
     models = {
@@ -129,13 +162,20 @@ def recipe_of(name: str, example: Example, nli: Path, scores: Path) -> str:
             "new": {"params": "300K", "vocab": 1000, "context": 1024, "tokens": 100_000},
             "corpus": "specialised",
         },
+        "brief": {"new": {"params": "300K", "vocab": 1000, "context": 1024, "tokens": 200_000}, "corpus": "short"},
+        "solver": {"cassette": str(scratch / CASSETTE)},
         "minilm": {"path": str(minilm())},
         "static": {"distil": "minilm"},
-        "nli": {"path": str(nli)},
+        "nli": {"path": str(scratch / "nli")},
     }
     stages = [{"curate": {"set": "specialised", "sources": ["maths"], "held_out": 0.02, "steps": []}}]
+    if re.search(r"\bbrief\b", example.line):
+        short = [{"ResponseLength": {"low": 1, "high": 12}}]
+        stages.append({"curate": {"set": "short", "sources": ["alpaca"], "held_out": 0, "steps": short}})
+    else:
+        del models["brief"]
     held_out = 0.05 if example.shown in ("HeldOut", "NearHeldOut") else 0
-    steps = [yaml.safe_load(example.line.replace(HERE, str(DATA)).replace(SCORES, str(scores)))]
+    steps = [yaml.safe_load(example.line.replace(HERE, str(DATA)).replace(SCORES, str(scratch / SCORES)))]
     stage = {"set": name, "kind": example.kind, "sources": list(example.sources), "held_out": held_out, "steps": steps}
     stages.append({"curate": stage})
     return yaml.safe_dump({"name": "methods", "sources": sources, "models": models, "stages": stages}, sort_keys=False)
@@ -166,10 +206,18 @@ def made_row(folder: RunFolder, set_name: str) -> dict[str, Any] | None:
     return {"row_id": row["row_id"], "maker": row["maker"], "parents": row["parents"]}
 
 
+def tally(folder: RunFolder, set_name: str, step: str) -> dict[str, Any]:
+    """What became of every request of a maker that made no row."""
+    home = next(home for home in step_folders(folder, set_name) if home.name.split("-", 1)[1] == step)
+    told: dict[str, Any] = read_json(home / "step.json")["synthesis"]
+    return told
+
+
 def section(name: str, example: Example, row: dict[str, Any]) -> str:
     doc = (find_steps()[name].__doc__ or "").split("\n\n", 1)[0]
     shown = json.dumps(row, ensure_ascii=False).replace(str(DATA), "../shared/data")
-    return f"### {name}\n\n{' '.join(doc.split())}\n\n```yaml\n- {example.line}\n```\n\n```json\n{shown}\n```\n"
+    said = f"{NO_ROW}\n\n" if "asked" in row else ""
+    return f"### {name}\n\n{' '.join(doc.split())}\n\n```yaml\n- {example.line}\n```\n\n{said}```json\n{shown}\n```\n"
 
 
 def old_sections() -> dict[str, str]:
@@ -189,18 +237,24 @@ def main() -> None:
     found = old_sections()
     scratch = Path(tempfile.mkdtemp(prefix="gristmill-methods-"))
     try:
-        nli = make_nli(scratch / "nli")
-        scores = score_few(scratch) if "ScoreFile" in wanted else scratch / SCORES
+        make_nli(scratch / "nli")
+        state_steps(scratch)
+        if "ScoreFile" in wanted:
+            score_few(scratch)
+        write_cassette(scratch / CASSETTE, load_recipe("math-dart"), DATA / "gsm8k_model_solutions.parquet")
         for name, example in wanted.items():
-            recipe = load_text(recipe_of(name, example, nli, scores), "methods")
+            recipe = load_text(recipe_of(name, example, scratch), "methods")
             folder = RunFolder(scratch / name)
             try:
                 run(recipe, folder.root, cache=scratch / "cache", parts="curate", show=Show())
             except HouseError as error:
                 if "left no row" not in str(error):
                     raise  # a step may drop all of so few rows: its verdicts are there
-            made = made_row(folder, name) if hasattr(find_steps()[name], "make") else None
-            found[name] = section(name, example, made or ledger_row(folder, name, example.shown))
+            if hasattr(find_steps()[name], "make"):
+                shown = made_row(folder, name) or tally(folder, name, example.shown)
+            else:
+                shown = ledger_row(folder, name, example.shown)
+            found[name] = section(name, example, shown)
             write_page(sections, found)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -53,6 +53,11 @@ def test_overrides_in_the_readme_are_taken() -> None:
 
 METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 SECTIONS = {part.split("\n", 1)[0]: part for part in METHODS.split("\n### ")[1:]}
+EXAMPLES = yaml.safe_load((ROOT / "docs" / "methods.yaml").read_text(encoding="utf-8"))
+KINDS = {name: entry.get("kind", "sft") for group in EXAMPLES.values() for name, entry in group.items()}
+VERDICT = {"row_id", "keep", "reason", "score", "evidence"}
+MADE = {"row_id", "maker", "parents"}
+TALLY = {"asked", "answered", "failed", "parsed", "unparsed", "verified", "refused", "made"}  # of a maker without rows
 
 
 @pytest.mark.parametrize("name", sorted(name for name, kind in find_steps().items() if not hasattr(kind, "verify")))
@@ -61,13 +66,16 @@ def test_every_step_has_a_section_with_a_line_that_loads_and_a_real_row(name: st
     row = re.search(r"```json\n(.*)\n```", SECTIONS[name])
     assert line and row
     fact = json.loads(row.group(1))
-    assert {"row_id", "keep", "reason", "score", "evidence"} == set(fact) or {"row_id", "maker", "parents"} == set(fact)
-    models = "".join(f"  {model}: {{path: x}}\n" for model in ("small", "minilm", "static", "nli"))
+    if hasattr(find_steps()[name], "make") and "asked" in fact:
+        assert set(fact) >= TALLY and fact["made"] == 0 and fact["answered"] + sum(fact["failed"].values()) > 0
+    else:
+        assert set(fact) in (VERDICT, MADE)
+    models = "".join(f"  {model}: {{path: x}}\n" for model in ("small", "brief", "solver", "minilm", "static", "nli"))
     shown = yaml.safe_load(line.group(1))
-    kind = "preference" if name in ("PairPreference", "PreferenceFromModel", "EqualAnswers") else "sft"
+    sets = [{"set": "specialised", "sources": ["s"]}, {"set": "short", "sources": ["s"]},
+            {"set": "t", "kind": KINDS[name], "sources": ["s"], "steps": [shown]}]  # fmt: skip
     recipe = {"name": "r", "sources": {"s": {"path": "s.jsonl", "licence": "MIT"}}, "models": yaml.safe_load(models),
-              "stages": [{"curate": {"set": "specialised", "sources": ["s"]}},
-                         {"curate": {"set": "t", "kind": kind, "sources": ["s"], "steps": [shown]}}]}  # fmt: skip
+              "stages": [{"curate": one} for one in sets]}  # fmt: skip
     assert load_text(yaml.safe_dump(recipe)).sets()["t"].steps
 
 
