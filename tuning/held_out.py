@@ -16,22 +16,24 @@ from .data import Plan, read_units
 from .forward import inference
 from .packing import pack_plan
 from .ranks import World
+from .reference import Reference
 from .sharded import Spread
 from .stage import Stage, shares_of, step_values
+from .units import Family
 
 Best = dict[str, Any]
 """{"step": …, "loss": …} of the best measurement so far."""
 
 
 def held_out_plan(
-    loss_family: Any, tokenizer: PreTrainedTokenizerBase, data: Path, capacity: int, context: int | None
+    family: Family, tokenizer: PreTrainedTokenizerBase, data: Path, capacity: int, context: int | None
 ) -> Plan:
     """The held-out rows as one step over all their packs. HouseError where there is none to measure."""
     try:
         rows: pa.Table = read_split(data, "test")
     except HouseError as error:
         raise HouseError(f"evaluate_every: {error}. Hold rows out (held_out), or leave evaluate_every at 0") from error
-    units = read_units(loss_family, tokenizer, rows, capacity, "drop", context)
+    units = read_units(family, tokenizer, rows, capacity, "drop", context)
     if not units.row_ids:
         raise HouseError(f"evaluate_every: none of the {rows.num_rows} held-out rows of {data} can be measured")
     packs = pack_plan(units.lengths, capacity)
@@ -49,7 +51,7 @@ def measure(stage: Stage) -> dict[str, float]:
     return found
 
 
-def with_plan(stage: Stage, plan: Plan, reference: Any) -> Stage:
+def with_plan(stage: Stage, plan: Plan, reference: Reference | None) -> Stage:
     """The stage over other rows."""
     return replace(stage, plan=plan, reference=reference)
 

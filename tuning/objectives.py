@@ -181,10 +181,9 @@ def unit_losses(loss: Loss, scored: "Scored") -> tuple[Tensor, Tensor]:
 class Scored:
     """A pack's M entries under the policy, and what is known of its D answers in U units.
 
-    logps, weights, owners: (M,) as `pack_logps` gives them. first: (U + 1,) places of each unit's answers, on
-    the CPU, so that no size waits for a GPU. reference:
-    (D,) weighted sums of log-probabilities. desirable: (D,) of KTO's rows. kl: of KTO's step. rewards: (D,) of lists.
-    balance: (D,) factors of the answers' tasks.
+    logps, weights, owners: (M,) as `pack_logps` gives them. first: (U + 1,) places of each unit's answers, on the CPU,
+    so that no size waits for a GPU. reference: (D,) weighted sums of log-probabilities. desirable: (D,) of KTO's rows.
+    kl: of KTO's step. rewards: (D,) of lists. balance: (D,) factors of the answers' tasks.
     """
 
     logps: Tensor

@@ -4,7 +4,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ class Outlook:
     roofline: Roofline
     needs: Needs
     device: str
-    pace: float | None = field(default=None)
+    pace: float | None = None
 
     def eta(self, seconds: float, left: int) -> float:
         """Seconds that the remaining steps will take, after one that took `seconds`."""

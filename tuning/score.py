@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..curation.door import Progress
 from ..curation.folder import HouseError
-from ..kernels.logprob import CHUNK_LOGITS, target_logprobs
+from ..kernels.logprob import CHUNK_LOGITS, LEAST_ROWS, target_logprobs
 from .attention import head, hidden_states, logit_form
 from .chat import Tokens, tokenise_each, tokenise_responses, turn_opening
 from .digests import model_digest
@@ -160,7 +160,8 @@ def _logps(model: PreTrainedModel, pack: Pack) -> Tensor:
     sources, ids = (
         torch.from_numpy(np.pad(places, padding, mode="edge")).to(matrix.device) for places in (pack.sources, pack.ids)
     )
-    chunk = max(1, CHUNK_LOGITS.get(matrix.device.type, 2**24) // (matrix.shape[0] * TILE)) * TILE
+    most = CHUNK_LOGITS.get(matrix.device.type, CHUNK_LOGITS["cpu"]) // matrix.shape[0]
+    chunk = max(LEAST_ROWS, most // TILE * TILE)
     logps = target_logprobs(hidden[sources], matrix, ids, chunk_tokens=chunk, **logit_form(model))
     return logps[: len(pack.targets)]
 
