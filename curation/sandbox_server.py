@@ -7,6 +7,7 @@ kernel has neither, an audit hook) and runs the program as `__main__`.
 """
 
 import atexit
+import contextlib
 import gc
 import importlib.util
 import json
@@ -56,14 +57,7 @@ def readable() -> list[str]:
     paths = sysconfig.get_paths()
     found = {os.path.realpath(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     shared = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib", "/usr/share/zoneinfo")
-    single = (
-        "/etc/ld.so.cache",
-        "/etc/localtime",
-        "/dev/urandom",
-        "/dev/random",
-        "/dev/zero",
-        os.path.realpath(__file__),
-    )
+    single = ("/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/random", "/dev/zero")
     return sorted(found | {os.path.join(sys.base_prefix, "lib"), *shared, *single})
 
 
@@ -194,18 +188,14 @@ class _Child:
     def _drain(self, end: int) -> None:
         """What is left in a pipe, up to the limit and without waiting: a descendant may hold its other end."""
         os.set_blocking(end, False)
-        try:
+        with contextlib.suppress(BlockingIOError):
             while len(self.kept[end]) <= self.limits["output"] and self._read(end):
                 pass
-        except BlockingIOError:
-            pass
 
     def _kill(self) -> None:
         for kill, whom in ((os.killpg, self.pid), (os.kill, self.pid)):
-            try:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 kill(whom, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
 
 
 def _size(folder: str) -> int:
@@ -254,10 +244,10 @@ def _detach(scratch: str, given: int, pipes: list[int]) -> None:
     os.chdir(scratch)
     os.environ |= {"HOME": scratch, "TMPDIR": scratch, "PWD": scratch}
     tempfile.tempdir = scratch
-    sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout, __stderr__=sys.stderr)
 
 
 def _confine(limits: dict[str, Any], scratch: str, wanted: dict[str, bool]) -> None:
@@ -302,7 +292,7 @@ def _guard(allowed: list[str], scratch: str) -> Any:
         if event == "socket.__new__" and arguments[1] != 1:
             raise PermissionError(1, "the sandbox refuses sockets")
         if event == "open":
-            path, mode, flags = arguments
+            path, _, flags = arguments
             writes = (
                 bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)) if isinstance(flags, int) else True
             )
@@ -310,7 +300,7 @@ def _guard(allowed: list[str], scratch: str) -> Any:
                 raise PermissionError(13, "the sandbox refuses it", path)
         elif event in ("os.listdir", "os.scandir") and arguments[0] is not None and not inside(arguments[0], allowed):
             raise PermissionError(13, "the sandbox refuses it", arguments[0])
-        elif event in _WRITES and not all(inside(one, [scratch]) for one in arguments if isinstance(one, str | bytes)):
+        if event in _WRITES and not all(inside(one, [scratch]) for one in arguments if isinstance(one, str | bytes)):
             raise PermissionError(13, "the sandbox refuses it", arguments[0])
 
     return guard
@@ -339,10 +329,8 @@ def _run(source: str) -> int:
             last()
         except BaseException:
             continue
-    try:
+    with contextlib.suppress(OSError):  # the program closed it
         os.write(3, said)
-    except OSError:
-        pass  # the program closed it
     return code
 
 

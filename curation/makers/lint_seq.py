@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
@@ -109,8 +110,9 @@ def program(answer: str) -> str:
 
 def diffs(states: Sequence[str]) -> list[str]:
     """Unified diffs between consecutive states, without context and file headers."""
-    pairs = zip(states, states[1:], strict=False)
-    return ["\n".join(list(difflib.unified_diff(_lines(a), _lines(b), n=0, lineterm=""))[2:]) for a, b in pairs]
+    return [
+        "\n".join(list(difflib.unified_diff(_lines(a), _lines(b), n=0, lineterm=""))[2:]) for a, b in pairwise(states)
+    ]
 
 
 def rebuilt(steps: Sequence[str]) -> str:

@@ -1,8 +1,10 @@
 """Answers in Python that pass their tests, run in the sandbox."""
 
 import ast
+import contextlib
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -118,10 +120,8 @@ def tests_of(case: Case) -> Tests | None:
 def _listed(tests: object) -> list[str]:
     """Tests as statements: a list, its JSON, or a text."""
     if isinstance(tests, str) and tests.lstrip().startswith("["):
-        try:
+        with contextlib.suppress(ValueError):
             tests = json.loads(tests)
-        except ValueError:
-            pass
     return [str(one) for one in tests] if isinstance(tests, list | tuple) else [str(tests)]
 
 
@@ -155,9 +155,10 @@ def code_of(answer: str, tests: Tests | None = None) -> str | None:
     blocks = [match["code"] for match in _FENCE.finditer(answer) if match["language"].lower() in _PYTHON]
     pieces = blocks or [answer]
     for piece in pieces:
-        whole = tests.opening + piece
-        if tests.opening and not defines(piece, tests.entry) and defines(whole, tests.entry):
-            return whole
+        body = textwrap.indent(textwrap.dedent(piece.strip("\n")), "    ")  # bodies come with any indentation
+        for whole in (tests.opening + piece, tests.opening + body):
+            if tests.opening and not defines(piece, tests.entry) and defines(whole, tests.entry):
+                return whole
     right = [piece for piece in pieces if parses(piece) and piece.strip()]
     for piece in right:
         if tests.entry is not None and defines(piece, tests.entry):
