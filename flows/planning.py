@@ -222,7 +222,7 @@ def explain(
     money = sft_price is not None or pair_price is not None
     if money and (sft_price is None or pair_price is None):
         raise HouseError("give both prices, --sft-price and --pair-price, or neither")
-    prices = {"sft_price": sft_price, "pair_price": pair_price, "money": True} if money else {}
+    prices: dict[str, Any] = {"sft_price": sft_price, "pair_price": pair_price, "money": True} if money else {}
     try:
         budget = float(what.replace(",", "").replace("_", ""))
     except ValueError:

@@ -164,9 +164,9 @@ class BestAgainstWorst:
         for own in groups:
             wins: list[list[float]] = [[] for _ in own]
             for i, j in combinations(range(len(own)), 2):
-                first, swapped = next(told), next(told)
-                if first is not None and swapped is not None:
-                    value = first if first == 1 - swapped else 0.5
+                before, swapped = next(told), next(told)
+                if before is not None and swapped is not None:
+                    value = before if before == 1 - swapped else 0.5
                     wins[i].append(value)
                     wins[j].append(1 - value)
             scores.append([sum(own_wins) / len(own_wins) if own_wins else None for own_wins in wins])

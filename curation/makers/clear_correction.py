@@ -151,7 +151,7 @@ def _certainty(answer: Any) -> float | None:
 
 def _correctable(row: Mapping[str, Any]) -> bool:
     """Whether a row is a conversation that ends in an assistant's turn, without calls of tools in it."""
-    turns = row["messages"] or ()
+    turns = list(row["messages"] or ())
     plain = row["chosen"] is None and row["rejected"] is None and len(turns) > 1
     return plain and turns[-1]["role"] == "assistant" and not turns[-1]["tool_calls"]
 

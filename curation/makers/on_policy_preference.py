@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
@@ -83,14 +83,13 @@ class OnPolicyPreference:
         ]
         problem = self._problem(len(known), share)
         good, bad = sides
-        texts = [[said.text for said, _ in side] for side in sides]
         seed = ("pair", self.seed, found[0][0].ask.about.row_id)
-        drawn = [] if problem else matched(*texts, self.pairs, seed, self.length_ratio)
+        drawn = [] if problem else matched(_texts(good), _texts(bad), self.pairs, seed, self.length_ratio)
         if not drawn:
             session.refused(problem or "length")
         rows = []
         for i, j in drawn:
-            about = {"score_chosen": 1.0, "score_rejected": 0.0, "right_share": share}
+            about: dict[str, Any] = {"score_chosen": 1.0, "score_rejected": 0.0, "right_share": share}
             about |= {"verified": {"chosen": good[i][1].detail, "rejected": bad[j][1].detail}}
             rows.append(pair_row(good[i][0], bad[j][0], about))
         return rows
@@ -103,3 +102,7 @@ class OnPolicyPreference:
             return "all_right" if share else "all_wrong"
         low, high = self.right_share
         return None if low <= share <= high else "right_share"
+
+
+def _texts(side: list[tuple[Said, Finding]]) -> list[str]:
+    return [said.text for said, _ in side]

@@ -132,7 +132,7 @@ class MarkedErrors:
                 yield table(made)
 
     def _content(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        turns = row["messages"] or ()
+        turns = list(row["messages"] or ())
         meta = _meta(row)
         marks, better = told_in(meta, self.errors), told_in(meta, self.corrected)
         if len(turns) < 2 or turns[-1]["role"] != "assistant" or not isinstance(marks, list):

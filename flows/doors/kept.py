@@ -11,7 +11,7 @@ import json
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def request_json(request: ChatRequest) -> str:
 
 def request_from(said: dict[str, Any]) -> ChatRequest:
     """What `request_json` wrote, parsed."""
-    sampling = {name: tuple(value) if isinstance(value, list) else value for name, value in said["sampling"].items()}
+    sampling = _with_tuples(said["sampling"])
     messages = tuple((role, content) for role, content in said["messages"])
     return ChatRequest(messages, said["seed"], Sampling(**sampling))
 
@@ -59,8 +59,12 @@ def answer_json(answer: ChatAnswer) -> str:
 
 def answer_from(said: dict[str, Any]) -> ChatAnswer:
     """What `answer_json` wrote, parsed; `cached`."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
-    return ChatAnswer(**values, cached=True)
+    return ChatAnswer(**_with_tuples(said), cached=True)
+
+
+def _with_tuples(said: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's lists as the tuples that they were."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
 
 
 class Answers:

@@ -25,7 +25,7 @@ Sleep = Callable[[float], Awaitable[None]]
 def pause(tries: int, backoff: float, after: float | None) -> float:
     """Seconds before the next try, after `tries` that failed: doubled each time, shortened by chance by up to half (so
     that requests which failed together do not come back together), and never before the server wants it."""
-    longest = min(backoff * 2 ** min(tries - 1, 16), LONGEST_PAUSE)
+    longest = min(backoff * 2.0 ** min(tries - 1, 16), LONGEST_PAUSE)
     return max(longest * random.uniform(0.5, 1.0), after or 0.0)
 
 

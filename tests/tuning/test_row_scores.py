@@ -38,9 +38,7 @@ SPANS = [{"field": "messages", "turn": 3, "start": 0, "end": 6, "weight": 0.5}]
 ROWS = [
     row(messages=CHAT),
     row(messages=CHAT, spans=SPANS),
-    row(
-        messages=[ASK], chosen=[message("assistant", "Grain.")], rejected=[message("assistant", "The river.")]
-    ),
+    row(messages=[ASK], chosen=[message("assistant", "Grain.")], rejected=[message("assistant", "The river.")]),
     row(messages=[ASK], chosen=[message("assistant", "Grain.")], label=True),
     row(text=TALK),
     row(messages=[ASK]),

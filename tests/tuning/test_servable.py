@@ -1,4 +1,4 @@
-"""vLLM's rules asked before training: what it serves, and each reason why not. The same rules meet vLLM in tests/vllm."""
+"""vLLM's rules asked before training: what it serves, and each reason why not; tests/vllm asks vLLM itself."""
 
 from typing import Any
 

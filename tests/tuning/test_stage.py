@@ -69,7 +69,7 @@ def one_batch(stage, step, model):
 
 
 @pytest.mark.parametrize(("objective", "name"), CASES)
-def test_trap_11_the_partial_last_window_of_ragged_packs_equals_one_big_batch(home: Path, objective: str, name: str) -> None:
+def test_trap_11_a_partial_last_window_of_ragged_packs_equals_one_batch(home: Path, objective: str, name: str) -> None:
     stage = referred(stage_of(home, objective, replace(FULL, loss=name)))
     step = -1 + -(-len(stage.plan.packs) // 4)  # of the first epoch the last
     if len(stage.plan.steps[step][1]) in (1, 4):
