@@ -271,9 +271,9 @@ def _confine(limits: dict[str, Any], scratch: str, wanted: dict[str, bool]) -> N
         KERNEL.confine_calls()
 
 
-_REFUSED = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "pty.",
-            "os.startfile", "resource.", "ctypes.", "os.chmod", "os.chown", "os.utime", "os.setxattr", "signal.pthread",
-            "shutil.chown")  # fmt: skip
+_REFUSED = ("socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.kill",
+            "pty.", "os.startfile", "resource.", "ctypes.", "os.chmod", "os.chown", "os.utime", "os.setxattr",
+            "signal.pthread", "shutil.chown")  # fmt: skip
 _WRITES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree")
 
 

@@ -16,6 +16,12 @@ from ..verifying import Case, Finding
 _FENCE = re.compile(
     r"^(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)(?:^(?P=fence)|\Z)", re.M | re.S
 )
+# Tests that are a module of unittest's: imported, so that their own unittest.main() does not run.
+_RUN_CASES = """import sys, unittest
+sys.path.insert(0, "")
+found = unittest.main("given_tests", argv=["tests"], failfast=True, exit=False).result
+assert found.testsRun and found.wasSuccessful(), "unittest failed"
+"""
 _PYTHON = ("", "python", "python3", "py")
 
 
@@ -87,14 +93,8 @@ class Tests:
 
         if self.file is None:
             return Program(f"{code}\n\n{self.after}\n")
-        # The module is made from its text under the name by which the tests import it; unittest runs what they define.
-        name = self.file.rpartition("/")[2].removesuffix(".py")
-        head = f"import sys\nsys.path.insert(0, '')\nimport {name}\n"
-        tail = (
-            "\nimport unittest\n_found = unittest.main(failfast=True, exit=False).result\n"
-            "assert _found.testsRun and _found.wasSuccessful(), 'unittest failed'\n"
-        )
-        return Program(head + self.after + tail, files={f"{name}.py": code})
+        files = {self.file.rpartition("/")[2]: code, "given_tests.py": self.after}
+        return Program(_RUN_CASES, files=files)
 
 
 def tests_of(case: Case) -> Tests | None:
