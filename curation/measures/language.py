@@ -93,6 +93,14 @@ def prose(texts: pa.Array, chars: int) -> pa.Array:
     return pc.if_else(pc.greater(pc.utf8_length(texts), chars), cut, texts)
 
 
+def language_of(text: str) -> tuple[str, float] | None:
+    """The likeliest language of one text (ISO 639-1 code) and its probability; None where there is no text."""
+    found = (
+        _model(_file(None)).f.predict(" ".join(text.split()).lower() + "\n", 1, 0.0, "strict") if text.strip() else ()
+    )
+    return (str(found[0][1]).removeprefix("__label__"), min(float(found[0][0]), 1.0)) if found else None
+
+
 def _file(given: str | None) -> str:
     if given is not None:
         return given

