@@ -49,6 +49,7 @@ SOURCES = {
     "languages": ("lingua_sentences", "Apache-2.0"),
     "trees": ("oasst_en_100_trees", "Apache-2.0"),
     "answers": ("self_instruct_predictions", "Apache-2.0"),
+    "tested": ("mbpp974", "CC-BY-4.0"),
     "ranked": ("oasst_en_100_trees", "Apache-2.0"),
     "marked": ("finegrained_rlhf_dev500", "Apache-2.0"),
     "questions": ("gsm8k_test", "MIT"),
@@ -58,13 +59,14 @@ COLUMNS = {
     "maths": {"prompt": "question", "completion": "answer"},
     "thoughts": {"prompt": "question", "completion": "rationale"},
     "answers": {"prompt": "prompt", "completion": "response"},
+    "tested": {"prompt": "text", "completion": "code"},
     "marked": {"prompt": "question", "completion": "prediction 1"},
     "questions": {"prompt": "question", "completion": "answer"},
 }
 MIX = ("alpaca", "code", "maths")
 SCORES = "scores.parquet"  # as a line of a recipe names it
 CASSETTE = "math-dart.jsonl"  # what real models answered to GSM8K's questions
-NO_ROW = "The tiny model made no row here: its answers cannot be read. What became of its requests:"
+NO_ROW = "The tiny model made no row here. What became of its requests:"
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,8 @@ HEAD = """\
 
 Every measure, judge and maker: what it does and after whom, one line of a recipe, and a verdict (or made row) that this
 line gave on real rows. `gristmill judges NAME` prints all fields. Language models here are made on the spot and as
-small as they come: their scores show the form, not a judgement. Made by `python docs/methods.py`.
+small as they come: their scores show the form, not a judgement; `solver` is a cassette of published GSM8K solutions, and
+`StatedSteps` reads pairs put together from those. Made by `python docs/methods.py`.
 """
 
 if __name__ == "__main__":
