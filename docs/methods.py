@@ -282,8 +282,8 @@ HEAD = """\
 
 Every measure, judge and maker: what it does and after whom, one line of a recipe, and a verdict (or made row) that this
 line gave on real rows. `gristmill judges NAME` prints all fields. Language models here are made on the spot and as
-small as they come: their scores show the form, not a judgement; `solver` is a cassette of published GSM8K solutions, and
-`StatedSteps` reads pairs put together from those. Made by `python docs/methods.py`.
+small as they come: their scores show the form, not a judgement; `solver` is a cassette of published GSM8K solutions,
+and `StatedSteps` reads pairs put together from those. Made by `python docs/methods.py`.
 """
 
 if __name__ == "__main__":
