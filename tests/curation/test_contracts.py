@@ -35,6 +35,7 @@ pq.write_table(pa.table({"row_id": ["0" * 32], "content_id": ["1" * 32], "loss":
 NEEDED: dict[str, dict[str, Any]] = {
     "Matches": {"pattern": "a"},
     "BestAgainstWorst": {"model": "m", "judge": "j"},
+    "CleanCode": {"model": "m"},
     "ClearCorrection": {"model": "m", "judge": "j"},
     "RejectionSampling": {"model": "m", "verifier": STEPS["Matches"]("a")},
     "RightAgainstWrong": {"model": "m", "verifier": STEPS["Matches"]("a")},
@@ -48,6 +49,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "ScoreFile": {"path": str(SCORED)},
     "ScoreQuantile": {"of": Length(), "column": "response_words"},
     "ScoreRange": {"of": Length(), "column": "response_words"},
+    "TestedPreference": {"model": "m"},
     "TokenLength": {"model": "m"},
     "TokenLengthRange": {"model": "m"},
     "Cap": {"most": 2},
@@ -79,7 +81,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "StratifiedSample": {"budget": 2},
     "TopScore": {"budget": 2},
 }
-UNFED = {"MarkedErrors", "MessageTreeRanks", "StatedSteps"}  # makers of rows whose meta holds what no case here has
+# makers of rows whose meta, or whose programs, no case here has
+UNFED = {"LintSeq", "MarkedErrors", "MessageTreeRanks", "StatedSteps"}
 MEASURES = sorted(name for name, kind in STEPS.items() if hasattr(kind, "measure"))
 JUDGES = sorted(name for name, kind in STEPS.items() if getattr(kind, "scope", None) in ("row", "corpus"))
 MAKERS = sorted(name for name, kind in STEPS.items() if getattr(kind, "scope", None) == "maker")
