@@ -6,6 +6,8 @@ A local server answers each request after --delay seconds, whatever their number
 the same HTTP library with a semaphore and nothing else; the door; the door with kept answers, fresh and again; the door
 on a server with ten per cent of every fault (its healthy share of the fault-free rate). The server runs in a process of
 its own; `cpu` is the client's processor time per request. share: of what --concurrency places could answer at most.
+full: of the places' time, how much was held by requests that the server was busy with (hung ones until their timeout):
+what pauses, retries and the door itself cost is the rest.
 """
 
 import argparse
@@ -86,12 +88,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--delay", type=float, default=0.05, help="seconds of an answer")
+    parser.add_argument("--timeout", type=float, help="seconds of one try; default: 4 times --delay, at least 0.2")
     parser.add_argument("--json", type=Path)
     how = parser.parse_args()
     asked = requests(how.requests)
+    timeout = how.timeout or max(4 * how.delay, 0.2)
 
     def door(url: str) -> ServerChat:
-        return ServerChat(Server(url, concurrency=how.concurrency, timeout=max(20 * how.delay, 1.0), backoff=0.05))
+        return ServerChat(Server(url, concurrency=how.concurrency, timeout=timeout, backoff=0.05))
 
     def answered(chat: Any) -> int:
         return sum(isinstance(answer, ChatAnswer) for answer in chat.complete(asked))
@@ -116,22 +120,29 @@ def main() -> None:
         result, spent = with_server(shares, how.delay, work)
         count, again = result if isinstance(result, tuple) else (result, None)
         rate = count / spent["seconds"]
+        faults = spent["faults"]
+        busy = sum(many for fault, many in faults.items() if fault not in ("500", "429", "reset", "hang"))
+        held = busy * how.delay + faults.get("hang", 0) * timeout
         rows[name] = spent | {
             "answered": count,
             "per_second": rate,
             "share": rate / best if best else None,
+            "full": held / (how.concurrency * spent["seconds"]),
             "cpu_ms_per_request": 1e3 * spent["cpu"] / how.requests,
             "cpu_ms_kept_again": None if again is None else 1e3 * again,
         }
     tries = sum(rows["door, faults"]["faults"].values())
     lost = sum(rows["door, faults"]["faults"].get(fault, 0) for fault in RETRIED)
     found = {
+        "faulty_of_healthy_full": rows["door, faults"]["full"] / rows["door"]["full"],
         "door_of_plain": rows["door"]["per_second"] / rows["plain asyncio"]["per_second"],
         "faulty_of_healthy_share": rows["door, faults"]["per_second"]
         / (rows["door"]["per_second"] * (1 - lost / tries)),
     }
     for name, row in rows.items():
-        sys.stdout.write(f"{name:<14} {row['per_second']:8.1f}/s  cpu {row['cpu_ms_per_request']:.2f} ms/request\n")
+        sys.stdout.write(
+            f"{name:<14} {row['per_second']:8.1f}/s  cpu {row['cpu_ms_per_request']:.2f} ms  full {row['full']:.2f}\n"
+        )
     sys.stdout.write("".join(f"{name} {value:.3f}\n" for name, value in found.items()))
     if how.json:
         about = {
