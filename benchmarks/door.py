@@ -7,7 +7,8 @@ the same HTTP library with a semaphore and nothing else; the door; the door with
 on a server with ten per cent of every fault (its healthy share of the fault-free rate). The server runs in a process of
 its own; `cpu` is the client's processor time per request. share: of what --concurrency places could answer at most.
 full: of the places' time, how much was held by requests that the server was busy with (hung ones until their timeout):
-what pauses, retries and the door itself cost is the rest.
+what pauses, retries and the door itself cost is the rest. Pauses begin at a tenth of --delay, as half a second does
+beside answers of five; with few requests the last ones' pauses weigh most.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def main() -> None:
     timeout = how.timeout or max(4 * how.delay, 0.2)
 
     def door(url: str) -> ServerChat:
-        return ServerChat(Server(url, concurrency=how.concurrency, timeout=timeout, backoff=0.05))
+        return ServerChat(Server(url, concurrency=how.concurrency, timeout=timeout, backoff=max(how.delay / 10, 0.001)))
 
     def answered(chat: Any) -> int:
         return sum(isinstance(answer, ChatAnswer) for answer in chat.complete(asked))
