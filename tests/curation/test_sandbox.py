@@ -67,8 +67,8 @@ def test_limits_hold() -> None:
         "import socket; socket.socket(socket.AF_UNIX).bind('s')",
         "import socket; socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
         "import os; os.kill(os.getppid(), 9)",
-        "import os; os.kill(-1, 9)",
-        "import os; os.kill(1, 15)",
+        "import os; os.kill(-1, 0)",  # signal 0 asks for the same right and harms nobody
+        "import os; os.kill(1, 0)",
         "import os; os.killpg(os.getpgid(os.getppid()), 9)",
         "import resource; resource.setrlimit(resource.RLIMIT_CPU, (99, 99))",
         "import os; os.listdir(os.path.expanduser('~root'))",
