@@ -164,7 +164,7 @@ def test_no_worker_outlives_the_run(number: signal.Signals, tmp_path: Path) -> N
         ran.kill()
     ran.wait(60)
     said = ran.stderr.read()
-    assert number is signal.SIGKILL or (said.count("Traceback") == 1 and "KeyboardInterrupt" in said)
+    assert number is signal.SIGKILL or (said.count("Traceback") == 1 and "KeyboardInterrupt" in said), said
     end = time.monotonic() + 30
     while any(alive(pid) for pid in workers) and time.monotonic() < end:
         time.sleep(0.1)

@@ -77,7 +77,7 @@ def test_a_distilled_model_is_keyed_by_its_teacher(tmp_path: Path, encoder: str)
     ("models", "message"),
     [
         ({"m": Model(path="x", distil="m")}, "both `path` and `distil`"),
-        ({"m": Model()}, "none of `path`, `new` and `distil`"),
+        ({"m": Model()}, "none of `path`, `new`, `distil`, `server` and `cassette`"),
         ({"m": Model(distil="absent")}, "distilled from a model that has a path"),
         ({"m": Model(distil="m")}, "distilled from a model that has a path"),
         ({"m": Model(distil="b", corpus="clean"), "b": Model(path="x")}, "learns from no set"),
