@@ -110,9 +110,8 @@ class Executor:
         try:
             if self.running is None:
                 self.running = self.start(self.workers)
-                with _interrupts_held():  # the first task starts all workers
-                    return self.running.submit(work, task)
-            return self.running.submit(work, task)
+            with _interrupts_held():  # any task may start another worker
+                return self.running.submit(work, task)
         except BrokenExecutor as error:
             raise self._broken() from error
 
