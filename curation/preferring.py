@@ -5,21 +5,20 @@ import heapq
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from .asking import again, exchange
+from .beside import verified
 from .door import ChatAnswer, Sampling
 from .rows import digest, message
-from .steps import Corpus, Tools
+from .steps import Corpus
 from .synthesis import Ask, Session, asking
 from .text.view import normal
 from .verifying import Case, Finding, Verifier
 
 Turns = tuple[tuple[str, str], ...]
 T = TypeVar("T")
-BATCH = 64  # answers verified at once: enough to keep a verifier's own processes busy, few enough to begin early
 
 
 @dataclass(frozen=True)
@@ -86,9 +85,9 @@ def questions(corpus: Corpus, set_name: str, counts: Mapping[str, int], seed: in
         asked = (found for row in rows if (found := question_of(row)) is not None)
         first: dict[str, Question] = {}
         for one in asked:
-            known = first.setdefault(digest(*(piece for turn in one.turns for piece in turn)), one)
-            if one.row_id < known.row_id:  # which row stands for its prompt does not depend on their order
-                first[digest(*(piece for turn in one.turns for piece in turn))] = one
+            name = digest(*(piece for turn in one.turns for piece in turn))
+            if one.row_id < first.setdefault(name, one).row_id:  # the same row stands for its prompt in any order
+                first[name] = one
         yield from heapq.nsmallest(count, first.values(), key=lambda one: digest(str(seed), one.row_id))
 
 
@@ -109,35 +108,6 @@ def usable(session: Session, answer: ChatAnswer, *, cut: bool = False) -> bool:
     else:
         session.unparsed(problem)
     return problem is None
-
-
-def verified(
-    said: Iterable[tuple[T, Case]], verifier: Verifier, tools: Tools, size: int = BATCH
-) -> Iterator[tuple[T, Finding]]:
-    """Each thing with what the verifier finds of its case, in order. Batches of `size` are verified in a thread while
-    `said` goes on: generation does not wait for verification; unless the verifier asks a model itself, which may not be
-    loaded beside the one that answers."""
-    if verifier.model is not None:
-        said = list(said)
-    waiting: list[tuple[list[T], Future[list[Finding]]]] = []
-    things: list[T] = []
-    cases: list[Case] = []
-    with ThreadPoolExecutor(1, "verify") as pool:
-
-        def send() -> None:
-            if cases:
-                waiting.append((things.copy(), pool.submit(verifier.verify, cases.copy(), tools)))
-                things.clear()
-                cases.clear()
-
-        for thing, case in said:
-            things.append(thing)
-            cases.append(case)
-            if len(cases) == size:
-                send()
-        send()
-        for batch, future in waiting:
-            yield from zip(batch, future.result(), strict=True)
 
 
 def sampled(

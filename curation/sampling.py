@@ -101,6 +101,10 @@ class Question:
         (self.right if one.finding.right else self.wrong).append(one)
         return None if one.finding.right else "wrong"
 
+    def case(self, answer: str) -> Case:
+        """The answer as a verifier takes it."""
+        return Case(self.messages[-1]["content"], answer, self.reference, self.meta)
+
     def missing(self, budget: Budget) -> int:
         return max(0, budget.wanted(*self.first) - len(self.right))
 
@@ -186,11 +190,6 @@ def sample(
     seed: int,
 ) -> None:
     """Fills `asked` with answers, round by round, and counts them in the session's tally."""
-
-    def case(ask: Ask, answer: ChatAnswer) -> Case:
-        one = asked[ask.about[0]]
-        return Case(one.messages[-1]["content"], answer.text, one.reference, one.meta)
-
     while True:
         asks = []
         for place, one in enumerate(asked):
@@ -199,7 +198,8 @@ def sample(
             one.asked += trials
         if not asks:
             return
-        for ask, answer, finding in verified(session.ask(asks), case, verifier, session.corpus.tools):
+        said = (((ask, answer), asked[ask.about[0]].case(answer.text)) for ask, answer in session.ask(asks))
+        for (ask, answer), finding in verified(said, verifier, session.corpus.tools):
             _count(session, asked[ask.about[0]], Tried(ask, answer, finding), budget)
 
 

@@ -6,9 +6,10 @@ from typing import ClassVar, Literal
 
 import pyarrow as pa
 
+from ..beside import verified
 from ..door import Sampling
 from ..folder import HouseError
-from ..preferring import Question, Said, list_pairs, pair_row, questions, usable, verified
+from ..preferring import Question, Said, list_pairs, pair_row, questions, usable
 from ..rows import Row, message, table
 from ..steps import Corpus
 from ..synthesis import Ask, Session

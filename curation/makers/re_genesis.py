@@ -8,13 +8,12 @@ import pyarrow as pa
 
 from ..asking import seed_of
 from ..beside import verified
-from ..door import ChatAnswer
 from ..folder import HouseError
 from ..rows import Row, message, table
 from ..steps import Corpus
 from ..synthesis import Ask, Session, asking, prompt
 from ..text.view import normal
-from ..verifying import Case, Verifier
+from ..verifying import Verifier
 from .rejection_sampling import sampling_of
 
 if TYPE_CHECKING:
@@ -98,13 +97,10 @@ class ReGenesis:
         return asking(said, turns, sampling_of(self), key, (plan.question.row_id,), plan)
 
     def _paths(self, session: Session, plans: "list[_Plan]") -> Iterator[Row]:
-        def case(ask: Ask, answer: ChatAnswer) -> Case:
-            one = ask.about.question
-            return Case(one.messages[-1]["content"], answer.text, one.reference, one.meta)
-
         seen = set()
         asks = [self._ask(plan, "path") for plan in plans]
-        for ask, answer, told in verified(session.ask(asks), case, self.verifier, session.corpus.tools):
+        said = (((ask, answer), ask.about.question.case(answer.text)) for ask, answer in session.ask(asks))
+        for (ask, answer), told in verified(said, self.verifier, session.corpus.tools):
             plan: _Plan = ask.about
             if not answer.text.strip() or told.right is None:
                 session.unparsed("undecided" if answer.text.strip() else "empty")

@@ -13,7 +13,7 @@ from ..folder import HouseError
 from ..rows import Row, message, table
 from ..steps import Corpus
 from ..synthesis import Ask, Session, asking, prompt
-from ..verifying import Case, Verifier
+from ..verifying import Verifier
 from .rejection_sampling import sampling_of
 
 if TYPE_CHECKING:
@@ -97,12 +97,9 @@ class SelectiveSelfSft:
         return self._right(session, asked, asks, "paraphrase")
 
     def _right(self, session: Session, asked: "list[Question]", asks: list[Ask], words: str) -> "dict[int, _Said]":
-        def case(ask: Ask, answer: ChatAnswer) -> Case:
-            one = asked[ask.about[0]]
-            return Case(one.messages[-1]["content"], answer.text, one.reference, one.meta)
-
+        said = (((ask, answer), asked[ask.about[0]].case(answer.text)) for ask, answer in session.ask(asks))
         found = {}
-        for ask, answer, told in verified(session.ask(asks), case, self.verifier, session.corpus.tools):
+        for (ask, answer), told in verified(said, self.verifier, session.corpus.tools):
             if not answer.text.strip():
                 session.unparsed("empty")
             elif told.right is None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
+from ..beside import verified
 from ..door import Sampling
 from ..folder import HouseError
 from ..preferring import (
@@ -22,7 +23,6 @@ from ..preferring import (
     sampled,
     samples,
     usable,
-    verified,
 )
 from ..rows import Row, made_row, message, table
 from ..steps import Corpus
