@@ -17,8 +17,8 @@ from ...curation.folder import HouseError
 from ...curation.rows import digest as digest_of
 from .kept import answer_from, answer_json, request_from, request_json
 from .settings import Price
+from .wire import Told, in_order
 
-Told = tuple[int, ChatAnswer | ChatError]
 VERSION = 1
 LASTING = ("too_long", "refused")  # errors that are recorded: the same request meets them again
 
@@ -60,12 +60,7 @@ class CassetteChat:
         self, requests: Sequence[ChatRequest], progress: Progress | None = None
     ) -> list[ChatAnswer | ChatError]:
         """One answer or error per request, in order."""
-        answers: dict[int, ChatAnswer | ChatError] = {}
-        for place, answer in self.stream(requests):
-            answers[place] = answer
-            if progress is not None:
-                progress(len(answers), len(requests))
-        return [answers[place] for place in range(len(requests))]
+        return in_order(self.stream(requests), len(requests), progress)
 
     def stream(self, requests: Sequence[ChatRequest]) -> Iterator[Told]:
         """(place, answer or error): what is on the cassette first, then what the other model says, recorded."""

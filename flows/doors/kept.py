@@ -21,8 +21,8 @@ from ...curation.folder import HouseError
 from ...curation.rows import digest as digest_of
 from .settings import Price
 from .spend import Spend, cost
+from .wire import Told, in_order
 
-Told = tuple[int, ChatAnswer | ChatError]
 GROUP = 1024  # requests handed at once to a model that does not stream: all of them are kept together
 ASK = 500  # keys in one query; SQLite takes 32,766
 BUSY = 60.0  # seconds to wait for another process that writes
@@ -150,12 +150,7 @@ class KeptChat:
         self, requests: Sequence[ChatRequest], progress: Progress | None = None
     ) -> list[ChatAnswer | ChatError]:
         """One answer or error per request, in order."""
-        answers: dict[int, ChatAnswer | ChatError] = {}
-        for place, answer in self._stream(requests, progress):
-            answers[place] = answer
-            if progress is not None:
-                progress(len(answers), len(requests))
-        return [answers[place] for place in range(len(requests))]
+        return in_order(self._stream(requests, progress), len(requests), progress)
 
     def stream(self, requests: Sequence[ChatRequest]) -> Iterator[Told]:
         """(place, answer or error): what is kept first, then the rest as it comes."""

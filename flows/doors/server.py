@@ -29,9 +29,8 @@ from . import wire
 from .limits import Breaker, Pace, pause
 from .settings import Budget, Price, Server
 from .spend import Purse, Spend
-from .wire import Trouble
+from .wire import Told, Trouble, in_order
 
-Told = tuple[int, ChatAnswer | ChatError]
 CONNECT = 10.0  # seconds
 LOCAL = ("127.0.0.1", "localhost", "::1", "0.0.0.0")  # no proxy in between, whatever the environment names
 
@@ -104,12 +103,7 @@ class ServerChat:
         self, requests: Sequence[ChatRequest], progress: Progress | None = None
     ) -> list[ChatAnswer | ChatError]:
         """One answer or error per request, in order."""
-        answers: dict[int, ChatAnswer | ChatError] = {}
-        for place, answer in self.stream(requests):
-            answers[place] = answer
-            if progress is not None:
-                progress(len(answers), len(requests))
-        return [answers[place] for place in range(len(requests))]
+        return in_order(self.stream(requests), len(requests), progress)
 
     def stream(self, requests: Sequence[ChatRequest]) -> Iterator[Told]:
         """(place, answer or error) as they come. Closing the iterator drops what is under way."""

@@ -7,13 +7,15 @@ output, log-probabilities, seeds, and `max_tokens` where only `max_completion_to
 import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from ...curation.door import ChatAnswer, ChatError, ChatRequest
+from ...curation.door import ChatAnswer, ChatError, ChatRequest, Progress
+
+Told = tuple[int, ChatAnswer | ChatError]  # place of a request, and what came of it
 
 TOP = 20  # the most likely first tokens that servers tell at most (OpenAI's limit and vLLM's default)
 LONGEST_TOKEN = 8  # characters a token, on average, are fewer in any language: English has 4 to 5, code less
@@ -38,6 +40,16 @@ PROMPT = re.compile(
 TOO_LONG = re.compile(
     r"context[_ ](?:length|window|size)|maximum model length|too many tokens|prompt is too long|too long", re.IGNORECASE
 )
+
+
+def in_order(told: Iterable[Told], count: int, progress: Progress | None) -> list[ChatAnswer | ChatError]:
+    """What came of `count` requests, each told once in any order, by their places."""
+    answers: dict[int, ChatAnswer | ChatError] = {}
+    for place, answer in told:
+        answers[place] = answer
+        if progress is not None:
+            progress(len(answers), count)
+    return [answers[place] for place in range(count)]
 
 
 @dataclass(frozen=True)
