@@ -306,8 +306,8 @@ class LiveRows:
 class HeldOutRows:
     """The set's held-out rows, to a maker that rewrites rows one by one."""
 
-    def __init__(self, live: LiveRows, rows: int) -> None:
-        self.rows, self.seed, self.tools = rows, live.seed, live.tools
+    def __init__(self, live: LiveRows) -> None:
+        self.rows, self.seed, self.tools = len(held_out_ids(live.folder, live.plan, live.index)), live.seed, live.tools
         self.scratch, self.kept = live.scratch, live.kept
         self.tables = self.held_out = live.held_out
         self.record = live.record
@@ -404,8 +404,7 @@ def _makings(step: Maker, live: LiveRows) -> Iterator[tuple[pa.Table, bool]]:
     """What the maker makes, and whether it replaces held-out rows."""
     for rows in step.make(live):
         yield rows, False
-    count = len(held_out_ids(live.folder, live.plan, live.index)) if getattr(step, "rewrites", False) else 0
-    for rows in step.make(HeldOutRows(live, count)) if count else ():
+    for rows in step.make(HeldOutRows(live)) if getattr(step, "rewrites", False) else ():
         yield rows, True
 
 
