@@ -1,0 +1,143 @@
+"""What makers of instructions share: seed rows, examples drawn from them, lists read out of answers, and instructions
+that are answered and become rows."""
+
+import heapq
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from .asking import seed_of
+from .door import ChatAnswer, Sampling
+from .preferring import question_of, usable
+from .rows import Row, digest, message
+from .steps import Corpus
+from .synthesis import Ask, Session, asking
+from .text.view import normal
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A row of one user turn that new instructions are made from. `text` is the whole turn; its first paragraph is the
+    task and the others the task's input, as rows of an instruction and an input are read. answer: may be absent."""
+
+    row_id: str
+    text: str
+    answer: str | None
+    meta: Mapping[str, Any]
+
+    @property
+    def task(self) -> str:
+        return self.text.strip().partition("\n\n")[0]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An instruction that a model made, before it is answered. ask, answer: by which it was made. parents: the rows
+    that it is made from. meta: what its rows say of it. system: a turn before it."""
+
+    text: str
+    ask: Ask
+    answer: ChatAnswer
+    parents: tuple[str, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    system: str = ""
+
+
+def seeds(corpus: Corpus, set_name: str | None, limit: int | None, seed: int) -> tuple[list[Seed], Counter[str]]:
+    """Rows that instructions can be made from, in the order of a hash of (seed, row_id), and how many rows cannot be
+    used, by reason. set_name: an earlier set's train rows (its held-out rows must not shape what others train on);
+    None: the live rows. limit: of seeds. Rows of one prompt are one seed, the row lowest by the hash."""
+    lost: Counter[str] = Counter()
+
+    def candidates() -> Iterator[tuple[str, Seed]]:
+        for row in _rows(corpus, set_name):
+            one = _seed_of(row)
+            if isinstance(one, Seed):
+                yield digest(str(seed), one.row_id), one
+            else:
+                lost[one] += 1
+
+    first: dict[str, tuple[str, Seed]] = {}
+    for key, one in candidates():
+        name = digest(normal(one.text))
+        held = first.get(name)
+        if held is not None:
+            lost["same_prompt"] += 1
+        if held is None or key < held[0]:
+            first[name] = key, one
+    chosen = heapq.nsmallest(len(first) if limit is None else limit, first.values(), key=lambda pair: pair[0])
+    return [one for _, one in chosen], lost
+
+
+def _rows(corpus: Corpus, set_name: str | None) -> Iterator[Row]:
+    names = ["row_id", "messages", "chosen", "rejected", "meta"]
+    parts: Iterable[pa.Table] = corpus.tables(names) if set_name is None else corpus.tools.curated(set_name, "train")
+    return (row for part in parts for row in part.select(names).to_pylist())
+
+
+def _seed_of(row: Mapping[str, Any]) -> Seed | str:
+    question = question_of(row)
+    if question is None:
+        return "no_question"
+    said = [turn for turn in question.prompt if turn["role"] != "system"]
+    if len(said) != 1 or said[0]["role"] != "user" or not (said[0]["content"] or "").strip():
+        return "several_turns"
+    return Seed(question.row_id, said[0]["content"], question.reference, question.meta)
+
+
+def drawn(size: int, count: int, *key: object) -> list[int]:
+    """`count` different places below `size` (all of them, where there are no more), drawn by a hash of `key`."""
+    if count >= size:
+        return sorted(range(size), key=lambda place: seed_of(*key, place))
+    places: dict[int, None] = {}
+    attempt = 0
+    while len(places) < count:
+        places.setdefault(int(digest(*map(str, key), str(attempt))[:15], 16) % size)
+        attempt += 1
+    return list(places)
+
+
+_NUMBER = re.compile(
+    r"^[ \t]*[*#_ ]*(?:(?:task|instruction|question|example|topic)[ \t]*)?\d{1,3}[ \t]*[.:)\]]+[*_]*[ \t]*", re.I | re.M
+)
+_BULLET = re.compile(r"^[ \t]*[-*•][ \t]+", re.M)
+
+
+def listed(text: str, finished: bool = True) -> list[str]:
+    """The items of a numbered list, else of a list with bullets: each up to the next item or a blank line, white space
+    as single spaces. What stands before the list is no item, and the last one of an answer that was cut off neither."""
+    marks = list(_NUMBER.finditer(text)) or list(_BULLET.finditer(text))
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    items = [text[mark.end() : end] for mark, end in zip(marks, ends, strict=True)]
+    if items and not finished:
+        items.pop()
+    told = (" ".join(re.split(r"\n[ \t]*\n", item.strip())[0].split()) for item in items)
+    return [item for item in told if item]
+
+
+def answers(
+    session: Session, made: Sequence[Instruction], sampling: Sampling, *seed: object
+) -> Iterator[tuple[Instruction, Ask, ChatAnswer]]:
+    """Asks each instruction as it stands; those whose answer says something and came to its end, in order."""
+    asks = []
+    for one in made:
+        turns = (("system", one.system), ("user", one.text)) if one.system else (("user", one.text),)
+        asks.append(asking(None, turns, sampling, (*seed, "answer", one.system, one.text), one.parents, one))
+    for ask, answer in session.ask(asks):
+        if usable(session, answer):
+            yield ask.about, ask, answer
+
+
+def instruction_row(
+    session: Session, one: Instruction, ask: Ask, answer: ChatAnswer, meta: Mapping[str, Any] | None = None
+) -> Row:
+    """The instruction and its answer as a row: `made` in meta is the answer's origin, `instruction_made` the
+    instruction's."""
+    turns = [message("system", one.system)] if one.system else []
+    turns += [message("user", one.text), message("assistant", answer.text.strip())]
+    about = {**one.meta, **(meta or {}), "instruction_made": session.origin(one.ask, one.answer)}
+    return session.row(ask, answer, about, messages=turns)
