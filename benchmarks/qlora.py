@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +293,7 @@ def hardware(device: str) -> dict[str, Any]:
 def installed(name: str) -> str | None:
     try:
         return version(name)
-    except Exception:
+    except PackageNotFoundError:
         return None
 
 

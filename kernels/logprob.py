@@ -139,19 +139,7 @@ def _add_product(total: Tensor, rows: Tensor, hidden: Tensor) -> None:
         total += rows.t() @ hidden
 
 
-@torch.library.custom_op("gristmill::logprob", mutates_args=())
-def _logprob(
-    hidden: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    chunk: int,
-    gradient: bool,
-    path: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(hidden, head, targets, bias, scale, softcap, chunk, gradient, path)
+_logprob = torch.library.custom_op("gristmill::logprob", _forward, mutates_args=())
 
 
 @_logprob.register_fake
@@ -171,24 +159,7 @@ def _(
     return values, torch.empty_like(values), hidden.new_empty((rows, hidden.shape[1]))
 
 
-@torch.library.custom_op("gristmill::logprob_backward", mutates_args=())
-def _logprob_backward(
-    hidden: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    chunk: int,
-    path: str,
-    lse: Tensor,
-    of_target: Tensor,
-    of_share: Tensor,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(
-        hidden, head, targets, bias, scale, softcap, chunk, path, lse, of_target, of_share, wanted
-    )  # fmt: skip
+_logprob_backward = torch.library.custom_op("gristmill::logprob_backward", _backward, mutates_args=())
 
 
 @_logprob_backward.register_fake
