@@ -133,11 +133,16 @@ def answers(
 
 
 def instruction_row(
-    session: Session, one: Instruction, ask: Ask, answer: ChatAnswer, meta: Mapping[str, Any] | None = None
+    session: Session,
+    one: Instruction,
+    ask: Ask,
+    answer: ChatAnswer,
+    meta: Mapping[str, Any] | None = None,
+    asker: Session | None = None,
 ) -> Row:
     """The instruction and its answer as a row: `made` in meta is the answer's origin, `instruction_made` the
-    instruction's."""
+    instruction's. asker: the session that made the instruction, where another model answers it."""
     turns = [message("system", one.system)] if one.system else []
     turns += [message("user", one.text), message("assistant", answer.text.strip())]
-    about = {**one.meta, **(meta or {}), "instruction_made": session.origin(one.ask, one.answer)}
+    about = {**one.meta, **(meta or {}), "instruction_made": (asker or session).origin(one.ask, one.answer)}
     return session.row(ask, answer, about, messages=turns)
