@@ -10,6 +10,8 @@ Overrides, `key=value` with a YAML value, address
     sets.SET.KEY                                      held_out, kind, sources of a curated set
     sets.SET.CLASS.KEY  sets.SET.CLASS.2.KEY          a field of its step CLASS (of the second one, where there are two)
     stages.NAME.KEY                                   sft, dpo, kto, evaluate, or the stage's own name
+    rounds.count  rounds.2.count                      how many rounds (of the second block, where there are two)
+Of what stands in `rounds`, sets.NAME and stages.NAME address all rounds, sets.NAME-2 and stages.NAME-2 the second.
 """
 
 import types
@@ -27,6 +29,7 @@ from ..curation.steps import CorpusJudge, Maker, Measure, RowJudge, find_steps
 from ..curation.verifying import Verifier
 from ..tuning.settings import NewModel, Training
 from .nodes import Mismatch, Pair, choice, compose, get, is_null, mapping, pairs, place, put, scalar, shown
+from .rounds import blocks_of, expand, settle
 from .stages import TRAINS_ON, Curate, Evaluate, Model, Path, Recipe, Stage, Train, check, nearest, problems
 
 __all__ = ["Curate", "Evaluate", "Model", "Recipe", "Source", "Stage", "Train", "check", "digest", "dump",
@@ -67,9 +70,14 @@ def load_text(text: str, name: str = "recipe", overrides: Sequence[str] = ()) ->
     if not isinstance(root, yaml.MappingNode):
         raise HouseError(f"{name}: a recipe is a mapping that begins with `name:`")
     for override in overrides:
-        root = _override(root, override)
+        if _is_of_rounds(override):
+            root = _override(root, override)
+    root, blocks = expand(root)
+    for override in overrides:
+        if not _is_of_rounds(override):
+            root = _override(root, override)
     builder = _Builder(root)
-    recipe = builder.recipe()
+    recipe = settle(builder.recipe(), blocks)
     for path, message in problems(recipe):
         raise HouseError(f"{builder.where(path)}: {message}")
     return recipe
@@ -89,7 +97,13 @@ def build_settings(kind: type[T], overrides: Sequence[str]) -> T:
 
 def _override(root: yaml.Node, text: str) -> yaml.Node:
     key, node = _key_value(text)
-    return put(root, _resolve(root, key.split("."), text), node)
+    for path in _resolve(root, key.split("."), text):
+        root = put(root, path, node)
+    return root
+
+
+def _is_of_rounds(text: str) -> bool:
+    return text.strip().startswith("rounds.")
 
 
 def _key_value(text: str) -> tuple[str, yaml.Node]:
@@ -101,25 +115,40 @@ def _key_value(text: str) -> tuple[str, yaml.Node]:
     return key.strip(), node
 
 
-def _resolve(root: yaml.Node, parts: list[str], text: str) -> Path:
-    """The path of nodes that a dotted key addresses."""
+def _resolve(root: yaml.Node, parts: list[str], text: str) -> list[Path]:
+    """The paths of nodes that a dotted key addresses: one, or one in each round."""
     head, *rest = parts
     if head == "sets" and len(rest) > 1:
-        index, key = _stage(root, rest[0], text, sets=True)
-        return ("stages", index, key, *_in_set(_stages(root)[index][1], rest[1:], text))
+        found = _stage(root, rest[0], text, sets=True)
+        return [("stages", i, key, *_in_set(_stages(root)[i][1], rest[1:], text)) for i, key in found]
     if head == "stages" and len(rest) > 1:
-        index, key = _stage(root, rest[0], text, sets=False)
-        return ("stages", index, key, *rest[1:])
+        return [("stages", i, key, *rest[1:]) for i, key in _stage(root, rest[0], text, sets=False)]
+    if head == "rounds":
+        return [_of_rounds(root, rest, text)]
     if head in ("sources", "models") and rest:
         known = [str(name.value) for name, _ in pairs(get(root, head))]
         if rest[0] not in known and len(rest) > 1:
             raise HouseError(f"override {text}: no {head[:-1]} {rest[0]!r}; {nearest(rest[0], known)}")
-        return tuple(parts)
+        return [tuple(parts)]
     known = [item.name for item in fields(Recipe)]
     if rest or head not in known:
-        forms = [*known, "sets.SET.KEY", "stages.NAME.KEY"]
+        forms = [*known, "sets.SET.KEY", "stages.NAME.KEY", "rounds.count"]
         raise HouseError(f"override {text}: unknown key {'.'.join(parts)!r}; {nearest(head, [*forms, 'sets'])}")
-    return (head,)
+    return [(head,)]
+
+
+def _of_rounds(root: yaml.Node, rest: list[str], text: str) -> Path:
+    blocks = [index for index, _ in blocks_of(root)]
+    which = int(rest.pop(0)) if rest and rest[0].isdigit() else None
+    if not blocks:
+        raise HouseError(f"override {text}: this recipe has no `rounds` (in a run's recipe.yaml they are written out)")
+    if which is None and len(blocks) > 1:
+        raise HouseError(f"override {text}: there are {len(blocks)} blocks of rounds: say rounds.1.count for the first")
+    if which is not None and not 1 <= which <= len(blocks):
+        raise HouseError(f"override {text}: there is no block {which} of rounds, they are 1 to {len(blocks)}")
+    if rest != ["count"]:
+        raise HouseError(f"override {text}: of rounds `count` can be set; stages in them by sets.SET and stages.NAME")
+    return ("stages", blocks[(which or 1) - 1], "rounds", "count")
 
 
 def _stages(root: yaml.Node) -> list[tuple[str, yaml.Node | None]]:
@@ -129,15 +158,21 @@ def _stages(root: yaml.Node) -> list[tuple[str, yaml.Node | None]]:
     return [(str(pairs(node)[0][0].value), pairs(node)[0][1]) if pairs(node) else ("", None) for node in nodes]
 
 
-def _stage(root: yaml.Node, name: str, text: str, *, sets: bool) -> tuple[int, str]:
-    known: dict[str, tuple[int, str]] = {}
+def _stage(root: yaml.Node, name: str, text: str, *, sets: bool) -> list[tuple[int, str]]:
+    """Places and kinds of the stages of that name; a name without its round's number is that of all rounds."""
+    known: dict[str, list[tuple[int, str]]] = {}
+    of_rounds: dict[str, list[tuple[int, str]]] = {}
     for index, (kind, body) in enumerate(_stages(root)):
         if (kind == "curate") == sets:
-            own = get(body, "set" if sets else "name")
-            known[kind if own is None else str(own.value)] = (index, kind)
-    if name not in known:
-        raise HouseError(f"override {text}: no {'set' if sets else 'stage'} {name!r}; {nearest(name, list(known))}")
-    return known[name]
+            own, number = get(body, "set" if sets else "name"), get(body, "round")
+            said = kind if own is None else str(own.value)
+            known[said] = [(index, kind)]
+            if number is not None and not is_null(number):
+                of_rounds.setdefault(said.removesuffix(f"-{number.value}"), []).append((index, kind))
+    found = of_rounds | known
+    if name not in found:
+        raise HouseError(f"override {text}: no {'set' if sets else 'stage'} {name!r}; {nearest(name, list(found))}")
+    return found[name]
 
 
 def _in_set(body: yaml.Node | None, parts: list[str], text: str) -> Path:
@@ -285,7 +320,7 @@ class _Builder:
         key, body = self.one_key(node, "a stage")
         kind = str(key.value)
         if kind not in STAGES:
-            raise HouseError(f"{place(key)}: unknown stage {kind!r}; {nearest(kind, STAGES)}")
+            raise HouseError(f"{place(key)}: unknown stage {kind!r}; {nearest(kind, [*STAGES, 'rounds'])}")
         if kind in TRAINS_ON:
             return self.train(body, kind, path)
         return self.dataclass(body, Curate if kind == "curate" else Evaluate, path)
@@ -340,10 +375,12 @@ def _fields(value: Any, leave: str = "") -> dict[str, Any]:
 
 
 def _plain_stage(stage: Stage) -> dict[str, Any]:
+    body = _fields(stage, leave="objective")
+    if body.get("round", 0) is None:
+        body.pop("round")
     if isinstance(stage, Train):
-        body = _fields(stage, leave="objective")
         return {stage.objective: body | body.pop("settings")}
-    return {type(stage).__name__.lower(): _fields(stage)}
+    return {type(stage).__name__.lower(): body}
 
 
 def dump(recipe: Recipe) -> str:

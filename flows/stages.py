@@ -84,7 +84,7 @@ class Curate:
     """A stage that makes the curated set `set` from `sources` through `steps` (judges and makers, in order).
 
     kind: sft | preference | kto | text. held_out: the share of the rows kept for evaluation, chosen by a hash of the
-    prompt before any judge looks.
+    prompt before any judge looks. round: which round of a loop it belongs to (`rounds`), from 1.
     """
 
     set: str
@@ -92,6 +92,7 @@ class Curate:
     sources: tuple[str, ...] = ()
     held_out: float = 0.02
     steps: tuple[Step, ...] = ()
+    round: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Train:
     """A stage that trains `model` on the curated set `set` (split train).
 
     name: the stage's name and folder, by default the objective. start: an earlier stage of the same model whose
-    adapter (or weights) this one continues; for dpo and kto it is also the reference.
+    adapter (or weights) this one continues; for dpo and kto it is also the reference. round: as of a set.
     """
 
     objective: Objective
@@ -107,6 +108,7 @@ class Train:
     model: str
     name: str = ""
     start: str | None = None
+    round: int | None = None
     settings: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
