@@ -131,6 +131,9 @@ class Workshop:
         with interrupts_wait():
             from ..tuning.score import PackedScorer
 
+        vllm = self.recipe.models[self.base(model)].vllm
+        if vllm is not None and vllm.scores:
+            return self.doors.vllm(model, vllm)
         scorer: ResponseScorer = self.kept(f"scorer {model}", lambda: PackedScorer(*self.where(model)))
         return scorer
 
@@ -173,9 +176,20 @@ class Workshop:
     def kept(self, key: str, make: Any) -> Any:
         """What `make` makes, until another is asked for: one loaded model at a time."""
         if self.loaded is None or self.loaded[0] != key:
-            self.loaded = None  # the one before may go before the next is loaded
+            self.unload()  # the one before may go before the next is loaded
             self.loaded = (key, make())
         return self.loaded[1]
+
+    def unload(self) -> None:
+        """Lets the loaded model go; an engine with processes of its own is ended."""
+        before, self.loaded = self.loaded, None
+        if before is not None and hasattr(before[1], "close"):
+            before[1].close()
+
+    def close(self) -> None:
+        """Ends what runs beside this process: engines and servers."""
+        self.unload()
+        self.doors.close()
 
     def digest(self, model: str) -> str:
         if model not in self.digests:

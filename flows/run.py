@@ -6,7 +6,8 @@ OUT/run.json before Prefect, torch or DuckDB is imported.
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -21,7 +22,7 @@ from ..curation.reading.source import read_source
 from ..curation.rows import digest as digest_of
 from ..tuning.hub import model_folder
 from .models import Workshop, set_plan
-from .progress import Done, Silent, interrupts_wait, timed
+from .progress import Bar, Done, Silent, interrupts_wait, timed
 from .recipe import Curate, Recipe, Source, Train, check, digest, dump
 from .server import prefect_environment, prefect_server
 from .stages import Evaluate, cautions, models_of, steps_of
@@ -84,8 +85,11 @@ def run(
     started = start(recipe, folder, previous)
     for caution in cautions(recipe):
         show.say(f"! {caution}")
-    with sole(folder.root), pool(workers, executor) as crew:
-        for job in jobs(recipe, folder, started, waiting if parts == "curate" else None, crew):
+    with ExitStack() as held:
+        held.enter_context(sole(folder.root))
+        crew = held.enter_context(pool(workers, executor))
+        left_out = waiting if parts == "curate" else None
+        for job in held.enter_context(closing(jobs(recipe, folder, started, left_out, crew))):
             each(job, show)
         _mark_finished(recipe, folder, parts)
     return Result(folder, waiting=waiting)
@@ -225,9 +229,20 @@ def jobs(
     started: dict[str, Any],
     waiting: tuple[str, ...] | None = None,
     crew: Pool = INLINE,
-) -> Iterator[Job]:
+) -> Generator[Job, None, None]:
     """The jobs of a run in order; with `waiting` only reading and curation, without the sets named there."""
-    shop = Workshop(recipe, folder)
+    with closing(Workshop(recipe, folder)) as shop:
+        yield from _jobs(recipe, folder, shop, started, waiting, crew)
+
+
+def _jobs(
+    recipe: Recipe,
+    folder: RunFolder,
+    shop: Workshop,
+    started: dict[str, Any],
+    waiting: tuple[str, ...] | None,
+    crew: Pool,
+) -> Iterator[Job]:
     stages = [s for s in recipe.stages if waiting is None or (isinstance(s, Curate) and s.set not in waiting)]
     needed = {name for stage in stages if isinstance(stage, Curate) for name in stage.sources}
     for source in recipe.sources:
@@ -276,6 +291,7 @@ def _curate_jobs(
         yield from shop_jobs(shop, models_of(step))
 
         def do(progress: Progress, index: int = index) -> Done:
+            shop.doors.note = progress.note if isinstance(progress, Bar) else shop.doors.note
             record = advance(folder, plan, index, shop, progress, crew)
             spent = [f"    {line}" for line in shop.doors.report()]
             return Done("\n".join([step_text(record), *spent]), record["cached"], record)
@@ -329,6 +345,7 @@ def _train_job(folder: RunFolder, shop: Workshop, stage: Train) -> Job:
         with interrupts_wait():
             from .training import train_stage
 
+        shop.doors.before_training()
         return train_stage(folder, shop, stage, progress)
 
     return Job(f"train {stage.name}", do)

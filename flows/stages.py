@@ -25,7 +25,7 @@ from ..curation.shards import Kind
 from ..curation.steps import Step
 from ..curation.text.benchmark_sets import EvaluationSet
 from ..tuning.settings import NewModel, Training
-from .doors.settings import Budget, Server, Vllm
+from .doors.settings import Budget, Serve, Server, Vllm
 
 Objective = Literal["sft", "dpo", "kto"]
 Path = tuple[str | int, ...]
@@ -57,9 +57,9 @@ class Model:
     when it is first needed.
 
     server: an OpenAI-compatible server. cassette: a JSONL file of recorded answers; beside a server or a path, what it
-    lacks is asked there and recorded. vllm: a model with a path, or the stage that trains it, is asked through vLLM in
-    process. licence: under which its answers may be used; price: of a million prompt tokens and of a million new ones;
-    budget: what a run may spend on its server.
+    lacks is asked there and recorded. vllm: a model with weights, or the stage that trains it, is asked through vLLM in
+    process; serve: through a vLLM server that the run starts. licence: under which its answers may be used; price: of a
+    million prompt tokens and of a million new ones; budget: what a run may spend on its server.
     """
 
     path: str | None = None
@@ -69,6 +69,7 @@ class Model:
     server: Server | None = None
     cassette: str | None = None
     vllm: Vllm | None = None
+    serve: Serve | None = None
     licence: str | None = None
     price: tuple[float, float] | None = None
     budget: Budget | None = None
@@ -279,7 +280,11 @@ def _bad_asking(name: str, model: Model, at: Path) -> Iterator[tuple[Path, str]]
     """What a model says of how it is asked must fit what it is."""
     if model.vllm is not None and model.path is None and model.new is None:
         yield (*at, "vllm"), f"model {name!r} has no `path`: vLLM in process serves a model on this machine"
-    if model.budget is not None and model.server is None:
+    if model.serve is not None and model.path is None and model.new is None:
+        yield (*at, "serve"), f"model {name!r} has no `path`: a server is started for a model on this machine"
+    if model.serve is not None and model.vllm is not None:
+        yield (*at, "serve"), f"model {name!r} has both `vllm` and `serve`: give one of them"
+    if model.budget is not None and model.server is None and model.serve is None:
         yield (*at, "budget"), f"model {name!r} has no server: a budget is of what a server is asked"
     if model.budget is not None and model.budget.money is not None and not any(model.price or ()):
         yield (

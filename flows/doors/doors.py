@@ -1,6 +1,7 @@
 """Which door stands before which model of a recipe: kept answers in front, a cassette, a server, vLLM or transformers
 behind. What was asked and spent is told after each step and written into the run, as spend.json."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from ...curation.folder import HouseError, read_json, write_json
 from ...curation.rows import digest as digest_of
 from ..progress import interrupts_wait
 from .kept import Answers, KeptChat
-from .settings import Server
+from .settings import Serve, Server, Vllm
 from .spend import Spend, told
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from ..stages import Model
     from .cassette import CassetteChat
     from .server import Card, ServerChat
+    from .serving import Serving
+    from .vllm_engine import VllmChat
 
 UNKNOWN = "unknown"  # a licence that nobody stated
 
@@ -33,6 +36,8 @@ class Doors:
         self._cards: dict[str, Card] = {}
         self._servers: dict[str, ServerChat] = {}
         self._cassettes: dict[str, CassetteChat] = {}
+        self._servings: dict[Path, Serving] = {}
+        self.note: Callable[[str], None] = lambda text: None  # is told how a server's start goes
         self._answers: Answers | None = None
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -99,16 +104,54 @@ class Doors:
         spec = self.spec(name)
         if spec.server is not None:
             return self._server(name)
-        if spec.vllm is None:
-            return self.shop.transformers(name)
+        if spec.serve is not None:
+            return self._served(name, spec.serve)
+        return self.shop.transformers(name) if spec.vllm is None else self.vllm(name, spec.vllm)
+
+    def vllm(self, name: str, settings: Vllm) -> "VllmChat":
+        """The model through vLLM in process: one engine for a base and all adapters on it."""
         with interrupts_wait():
-            from .vllm_engine import VllmChat
+            from .vllm_engine import Engine, VllmChat
 
         home, adapter = self.shop.where(name)
-        vllm = spec.vllm
-        chat: ChatModel = self.shop.kept(f"vllm {name}", lambda: VllmChat(home, adapter, vllm))
+        lora = any(stage.model == self.shop.base(name) for stage in self.shop.recipe.trained().values())
+        engine = self.shop.kept(f"vllm {home} {settings}", lambda: Engine(home, settings, lora=lora))
+        chat = VllmChat(home, adapter, settings, engine=engine)
         chat.name = name  # as the recipe calls it, not where it lies
         return chat
+
+    def _served(self, name: str, settings: Serve) -> "ServerChat":
+        """The model, or the adapter of a stage, behind a server of the run's own."""
+        with interrupts_wait():
+            from .serving import Serving
+
+        home, adapter = self.shop.where(name)
+        serving = self._servings.get(home)
+        if serving is None or not serving.running:
+            log = self.shop.folder.root / "answers" / f"vllm-{self.shop.base(name)}.log"
+            base = self.shop.base(name) if adapter is not None else name
+            self._servings[home] = serving = Serving(home, settings, log=log, name=base, note=self.note)
+        spec, spend = self.spec(name), self.spends.get(name)
+        chat = serving.chat(
+            name,
+            adapter,
+            licence=spec.licence or UNKNOWN,
+            price=spec.price or (0.0, 0.0),
+            budget=spec.budget,
+            spend=spend,
+        )
+        return chat
+
+    def before_training(self) -> None:
+        """Ends the servers that are not to stay beside training; they start again when they are asked."""
+        for home, serving in list(self._servings.items()):
+            if not serving.settings.stay:
+                self._servings.pop(home).stop()
+
+    def close(self) -> None:
+        """Ends all servers."""
+        while self._servings:
+            self._servings.popitem()[1].stop()
 
     def _server(self, name: str) -> "ServerChat":
         spec = self.spec(name)

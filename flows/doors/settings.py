@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ...curation.folder import HouseError
+from ...tuning.servable import RANKS
 
 Price = tuple[float, float]
 """Of a million prompt tokens and of a million new ones, in the user's currency."""
@@ -64,8 +65,11 @@ class Server:
 @dataclass(frozen=True)
 class Vllm:
     """vLLM in process. dtype: auto, bfloat16, float16 or float32. context: tokens of prompt and answer, by default the
-    model's own. eager: no compilation (starts sooner). memory: share of the GPU's memory to take; concurrency:
-    sequences under way at once; max_lora_rank: of the adapters it may be given. seed: the engine's own."""
+    model's own. eager: no compilation (starts sooner, answers slower). memory: share of the GPU's memory to take; on a
+    CPU the environment variable VLLM_CPU_KVCACHE_SPACE says how many GiB the cache has. concurrency: sequences under
+    way at once. max_lora_rank: of the adapters that it may be given; adapters: how many answer in one batch. seed: the
+    engine's own; every request has its own besides. scores: log-probabilities of responses, which judges ask for, are
+    measured through vLLM too, and not by transformers."""
 
     dtype: str = "auto"
     context: int | None = None
@@ -73,7 +77,61 @@ class Vllm:
     memory: float = 0.9
     concurrency: int = 256
     max_lora_rank: int = 64
+    adapters: int = 4
     seed: int = 0
+    scores: bool = False
+
+    def __post_init__(self) -> None:
+        check_engine(self)
+
+
+@dataclass(frozen=True)
+class Serve:
+    """A vLLM server that a run starts when the model is first asked, and ends when it ends. The model's stages are
+    served beside it, as adapters that are loaded when they are first asked.
+
+    dtype, context, eager, memory, concurrency, max_lora_rank, adapters, seed: as for `vllm`; training has to find room
+    beside `memory`. stay: false ends the server before a stage trains; it starts again when it is asked again. startup:
+    seconds that it may take to answer. timeout, deadline, retries: as for `server`. port: by default a free one.
+    arguments: more of vLLM's own, such as [--quantization, fp8].
+    """
+
+    dtype: str = "auto"
+    context: int | None = None
+    eager: bool = False
+    memory: float = 0.4
+    concurrency: int = 256
+    max_lora_rank: int = 64
+    adapters: int = 4
+    seed: int = 0
+    stay: bool = True
+    startup: float = 1800.0
+    timeout: float = 600.0
+    deadline: float = 3600.0
+    retries: int = 3
+    port: int | None = None
+    arguments: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_engine(self)
+        if min(self.startup, self.timeout, self.deadline) <= 0 or self.retries < 0:
+            raise HouseError("Serve: startup, timeout and deadline are above 0 seconds, retries at least 0")
+
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def check_engine(settings: Vllm | Serve) -> None:
+    """HouseError for what no vLLM takes."""
+    name = type(settings).__name__
+    if settings.dtype not in DTYPES:
+        raise HouseError(f"{name}: dtype {settings.dtype!r} is none of {', '.join(DTYPES)}")
+    if not 0 < settings.memory <= 1:
+        raise HouseError(f"{name}: memory is a share of the GPU's memory, above 0 and at most 1, not {settings.memory}")
+    if min(settings.concurrency, settings.adapters, 1 if settings.context is None else settings.context) < 1:
+        raise HouseError(f"{name}: concurrency, adapters and context are at least 1")
+    if settings.max_lora_rank not in RANKS:
+        raise HouseError(f"{name}: max_lora_rank is one of {', '.join(map(str, RANKS))}, not {settings.max_lora_rank}")
 
 
 @dataclass(frozen=True)
