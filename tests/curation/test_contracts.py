@@ -37,6 +37,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "BestAgainstWorst": {"model": "m", "judge": "j"},
     "CleanCode": {"model": "m"},
     "ClearCorrection": {"model": "m", "judge": "j"},
+    "DocumentTasks": {"model": "m"},
     "RejectionSampling": {"model": "m", "verifier": STEPS["Matches"]("a")},
     "RightAgainstWrong": {"model": "m", "verifier": STEPS["Matches"]("a")},
     "SelectiveSelfSft": {"model": "m", "verifier": STEPS["Matches"]("a")},
