@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +17,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from .accounts import Account, accounts, origin_lines
+from .accounts import faults as account_faults
 from .explain import TWINS, pictures
 from .folder import HouseError, RunFolder
 from .text.view import prompt_of, response_of
@@ -49,11 +51,13 @@ class SetFunnel:
 
 @dataclass(frozen=True)
 class Funnel:
-    """What was read and what each set kept of it. faults: a sentence for each place where rows are not conserved."""
+    """What was read, what each set kept of it, what each maker asked and gave. faults: a sentence for each place where
+    rows or requests are not conserved."""
 
     sources: tuple[Json, ...]
     sets: tuple[SetFunnel, ...]
     faults: tuple[str, ...]
+    makers: tuple[Account, ...] = ()
 
 
 def funnel(folder: RunFolder) -> Funnel:
@@ -61,6 +65,7 @@ def funnel(folder: RunFolder) -> Funnel:
     read, done = sources(folder), steps(folder)
     with connect(folder) as con:
         splits = con.execute('SELECT "set", split, count(*) FROM curated GROUP BY ALL ORDER BY ALL').fetchall()
+        makers = accounts(con, folder)
     found = []
     for record in sets(folder):
         mine = tuple(step for step in done if step["set"] == record["set"])
@@ -71,7 +76,7 @@ def funnel(folder: RunFolder) -> Funnel:
     faults = [fault for one, record in zip(found, sets(folder), strict=True) for fault in _faults(one, record, read)]
     lost = [f"source {s['name']}: read {s['read']:,} is not rows {s['rows']:,} + quarantined {s['quarantined']:,}"
             for s in read if s["read"] != s["rows"] + s["quarantined"]]  # fmt: skip
-    return Funnel(tuple(read), tuple(found), (*lost, *faults))
+    return Funnel(tuple(read), tuple(found), (*lost, *faults, *account_faults(folder, makers)), makers)
 
 
 def _faults(one: SetFunnel, record: Mapping[str, Any], read: Sequence[Json]) -> list[str]:
@@ -112,6 +117,7 @@ def print_funnel(folder: RunFolder, console: Console | None = None) -> None:
     for one in found.sets:
         console.print()
         console.print(_set_table(one, console.width))
+        _print_makers([maker for maker in found.makers if maker.set == one.name], console)
         if one.curated:
             said = " and ".join(f"{rows:,} rows in split {split}" for split, rows in one.curated.items())
             console.print(Text(f"curated/{one.name}: {said}", style="bold green"))
@@ -122,6 +128,23 @@ def print_funnel(folder: RunFolder, console: Console | None = None) -> None:
         console.print(Text(f"NOT CONSERVED: {fault}", style="bold red"))
     if not found.faults:
         console.print(Text(conserved(found), style="green"))
+
+
+def _print_makers(found: Sequence[Account], console: Console) -> None:
+    """A line of numbers for each maker, and below it in words what became of the rest."""
+    if not found:
+        return
+    numbers = ("asked", "answered", "parsed", "verified", "made", "kept", "tokens/kept", "cost/kept")
+    table = _table(("", "maker"), numbers)
+    for one in found:
+        counts = (one.asked, one.answered, one.parsed, one.verified, one.made, one.kept)
+        each = [None if value is None else f"{value:,.6g}" for value in (one.tokens_per_row, one.cost_per_row)]
+        table.add_row(Text(str(one.step)), *_cells(one.maker, *counts, *each))
+    console.print(table)
+    for one in found:
+        lost = "; ".join(f"{what} {reasons}" for what, reasons in one.lost())
+        if lost:
+            console.print(Text(f"{one.step} {one.maker}: {plain(lost)}", style="dim"))
 
 
 def conserved(found: Funnel) -> str:
@@ -234,7 +257,8 @@ def _word(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Relative:
-    """A row that another was made from or that was made from it. depth: generations between them."""
+    """A row that another was made from or that was made from it. depth: generations between them. fates: what became
+    of it, a phrase for each set that it came into."""
 
     row_id: str
     depth: int
@@ -242,6 +266,7 @@ class Relative:
     position: int
     maker: str | None
     text: str
+    fates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -269,12 +294,14 @@ def life(con: Any, folder: RunFolder, row_id: str) -> Life:
     """`why` on a connection that stands (views.connect)."""
     full = find_row(con, row_id)
     row = records(con, "SELECT * FROM rows WHERE row_id = ? LIMIT 1", [full])[0]
+    parents, children = _ancestors(con, row), _children(con, full)
+    known = _fates(con, [one.row_id for one in (*parents, *children)])
     named = {source["name"]: source for source in sources(folder)}
     return Life(
         row=row,
         source=named.get(row["source"]) if row["maker"] is None else None,
-        parents=_ancestors(con, row),
-        children=_children(con, full),
+        parents=tuple(replace(one, fates=tuple(known.get(one.row_id, ()))) for one in parents),
+        children=tuple(replace(one, fates=tuple(known.get(one.row_id, ()))) for one in children),
         verdicts=_verdicts(con, folder, row),
         curated=tuple(
             con.execute('SELECT "set", split, file FROM curated WHERE row_id = ? ORDER BY ALL', [full]).fetchall()
@@ -392,6 +419,22 @@ def _children(con: Any, row_id: str) -> tuple[Relative, ...]:
     return tuple(_relative(row, 1) for row in records(con, sql, [row_id, MOST_RELATIVES]))
 
 
+def _fates(con: Any, ids: Sequence[str]) -> dict[str, list[str]]:
+    """What became of these rows in each set: kept, or which step dropped them and why."""
+    sql = """
+SELECT l.row_id, l."set", s.name, v.reason
+FROM (SELECT "set", row_id, arg_max_null(dropped_at, entry) AS last
+      FROM lives WHERE row_id IN (SELECT unnest(?)) GROUP BY ALL) l
+LEFT JOIN steps s ON s."set" = l."set" AND s.step = l.last
+LEFT JOIN stored v ON v."set" = l."set" AND v.step = l.last AND v.row_id = l.row_id
+ORDER BY ALL"""
+    found: dict[str, list[str]] = {}
+    for row_id, name, judge, reason in con.execute(sql, [list(ids)]).fetchall() if ids else ():
+        said = f"kept in set {name}" if judge is None else f"dropped from set {name} by {judge}: {reason}"
+        found.setdefault(row_id, []).append(said)
+    return found
+
+
 def _relative(row: Mapping[str, Any], depth: int) -> Relative:
     return Relative(row["row_id"], depth, row["source"], row["position"], row["maker"], gist(row))
 
@@ -457,7 +500,8 @@ def print_why(folder: RunFolder, row_id: str, console: Console | None = None) ->
     if found.children:
         branch = tree.add(Text("made from it", style="bold"))
         for child in found.children:
-            branch.add(Text(f"{child.row_id} by {plain(child.maker or '')}\n{child.text}"))
+            fate = "".join(f"; {plain(one)}" for one in child.fates)
+            branch.add(Text(f"{child.row_id} by {plain(child.maker or '')}{fate}\n{child.text}"))
     for fault in found.faults:
         tree.add(Text(f"quarantine: {plain(fault['error'] or '')}", style="bold red")).add(
             Text(plain(fault["raw"] or ""))
@@ -482,14 +526,18 @@ def _show_origin(tree: Tree, found: Life) -> None:
         licence = s["licence"] or "no licence stated"
         tree.add(Text(f"read from source {s['name']}, position {row['position']:,} ({s['path']}; {licence})"))
         return
-    branch = tree.add(Text(f"made by {plain(row['maker'] or 'an unknown maker')} from", style="bold"))
+    branch = tree.add(Text(f"made by {plain(row['maker'] or 'an unknown maker')}", style="bold"))
+    for line in origin_lines(row["meta"]):
+        branch.add(Text(plain(line)))
+    branch = tree.add(Text("made from", style="bold"))
     for parent in found.parents:
         made = (
             f"made by {plain(parent.maker)}"
             if parent.maker
             else f"source {parent.source}, position {parent.position:,}"
         )
-        branch.add(Text(f"{'  ' * (parent.depth - 1)}{parent.row_id} ({made})\n{parent.text}"))
+        fate = "".join(f"; {plain(one)}" for one in parent.fates)
+        branch.add(Text(f"{'  ' * (parent.depth - 1)}{parent.row_id} ({made}{fate})\n{parent.text}"))
     for lost in [one for one in row["parents"] or () if one not in {parent.row_id for parent in found.parents}]:
         branch.add(Text(f"{lost} (not a row of this run)"))
 

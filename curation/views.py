@@ -54,6 +54,39 @@ COLUMNS: dict[str, dict[str, str]] = {
         "seconds": "DOUBLE",
     },
     "reasons": {"set": "VARCHAR", "step": "INTEGER", "judge": "VARCHAR", "reason": "VARCHAR", "rows": "BIGINT"},
+    "makers": {  # each maker of each set: its requests, its rows, what they cost
+        "set": "VARCHAR",
+        "step": "INTEGER",
+        "maker": "VARCHAR",
+        "model": "VARCHAR",  # null, as all that follows up to refused, where it asked none
+        "licence": "VARCHAR",
+        "asked": "BIGINT",
+        "answered": "BIGINT",
+        "failed": "BIGINT",
+        "parsed": "BIGINT",
+        "unparsed": "BIGINT",
+        "verified": "BIGINT",
+        "refused": "BIGINT",
+        "made": "BIGINT",
+        "kept": "BIGINT",  # live at the end of the set, or of its last finished step
+        "held_out": "BIGINT",
+        "dropped": "BIGINT",
+        "cached": "BIGINT",
+        "prompt_tokens": "BIGINT",
+        "tokens": "BIGINT",
+        "cost": "DOUBLE",
+        "tokens_per_row": "DOUBLE",  # of prompts and answers, by rows kept; null where none was
+        "cost_per_row": "DOUBLE",
+    },
+    "maker_reasons": {  # what: failed, unparsed, refused, dropped; judge: the step that dropped
+        "set": "VARCHAR",
+        "step": "INTEGER",
+        "maker": "VARCHAR",
+        "what": "VARCHAR",
+        "reason": "VARCHAR",
+        "judge": "VARCHAR",
+        "rows": "BIGINT",
+    },
     "sources": {
         "source": "VARCHAR",
         "path": "VARCHAR",
@@ -135,6 +168,7 @@ def connect(folder: RunFolder, scratch: str | Path | None = None) -> Any:
     _measures(con, folder)
     _tables(con, folder)
     _verdicts(con, folder)
+    _makers(con, folder)
     _outputs(con, folder)
     return con
 
@@ -236,7 +270,7 @@ def _verdicts(con: Any, folder: RunFolder) -> None:
         if key := measure_of(folder, step):
             value = f"any_value({_name(step['score'])})::DOUBLE AS score"
             scores.append(f"{_head(step)}, {number} AS step, content_id, {value} FROM measure.{_name(key)} GROUP BY 3")
-    _table(con, "steps", done, {"set": "VARCHAR", "step": "INTEGER", "judge": "VARCHAR"})
+    _table(con, "steps", done, {"set": "VARCHAR", "step": "INTEGER", "judge": "VARCHAR", "name": "VARCHAR"})
     verdict = COLUMNS["verdicts"]
     _union(con, "stored", stored, {name: verdict[name] for name in verdict if name != "judge"})
     _union(
@@ -273,6 +307,75 @@ CREATE VIEW verdicts AS
 SELECT j."set", j.step, j.judge, j.row_id, j.keep, j.reason, coalesce(j.score, m.score) AS score, j.evidence
 FROM judged j
 LEFT JOIN scores m ON m."set" = j."set" AND m.step = j.step AND m.content_id = j.content_id"""
+
+
+def _makers(con: Any, folder: RunFolder) -> None:
+    """What each maker says of its requests (step.json), beside what the ledger says of its rows."""
+    done = [step for step in steps(folder) if step["scope"] == "maker"]
+    made = [
+        f"{_head(step)}, {int(step['step'])} AS step, row_id FROM {_read(files)}"
+        for step in done
+        if (files := made_files(folder, step))
+    ]
+    _union(con, "made_rows", made, {"set": "VARCHAR", "step": "INTEGER", "row_id": "VARCHAR"})
+    counted = [name for name in COLUMNS["makers"] if name not in ("kept", "held_out", "dropped")]
+    told = {name: COLUMNS["makers"][name] for name in counted if not name.endswith("_per_row")}
+    _table(con, "maker_steps", [_told(step) for step in done], told)
+    _table(con, "maker_told", [one for step in done for one in _told_reasons(step)], COLUMNS["maker_reasons"])
+    con.execute(_MADE_FATES)
+    con.execute(_MAKERS)
+    con.execute(_MAKER_REASONS)
+
+
+def _told(step: Mapping[str, Any]) -> Json:
+    said = {name: sum(v.values()) if isinstance(v, dict) else v for name, v in step.get("synthesis", {}).items()}
+    return said | {"set": step["set"], "step": step["step"], "maker": step["name"], "made": step["made"]}
+
+
+def _told_reasons(step: Mapping[str, Any]) -> Iterator[Json]:
+    head = {"set": step["set"], "step": step["step"], "maker": step["name"]}
+    for what in ("failed", "unparsed", "refused"):
+        for reason, rows in step.get("synthesis", {}).get(what, {}).items():
+            yield head | {"what": what, "reason": reason, "rows": rows}
+
+
+# A made row that a person brought back is kept: Overrides come last.
+_MADE_FATES = """
+CREATE VIEW made_fates AS
+SELECT f."set", f.step, f.row_id, v.step AS dropped_at, v.reason
+FROM (
+  SELECT m."set", m.step, m.row_id, min(d.step) AS dropped_at
+  FROM made_rows m
+  LEFT JOIN stored d ON d."set" = m."set" AND d.row_id = m.row_id AND d.step >= m.step AND NOT d.keep
+  GROUP BY ALL
+) f
+LEFT JOIN stored b ON b."set" = f."set" AND b.row_id = f.row_id AND b.keep AND b.reason = 'override_keep'
+LEFT JOIN stored v ON v."set" = f."set" AND v.row_id = f.row_id AND v.step = f.dropped_at AND b.row_id IS NULL"""
+
+_MAKERS = """
+CREATE VIEW makers AS
+SELECT t."set", t.step, t.maker, t.model, t.licence, t.asked, t.answered, t.failed, t.parsed, t.unparsed, t.verified,
+  t.refused, t.made, coalesce(f.kept, 0) AS kept, coalesce(f.held_out, 0) AS held_out,
+  coalesce(f.dropped, 0) AS dropped, t.cached, t.prompt_tokens, t.tokens, t.cost,
+  (t.prompt_tokens + t.tokens) / nullif(f.kept, 0) AS tokens_per_row, t.cost / nullif(f.kept, 0) AS cost_per_row
+FROM maker_steps t
+LEFT JOIN (
+  SELECT "set", step, count(*) FILTER (WHERE dropped_at IS NULL) AS kept,
+    count(*) FILTER (WHERE reason = 'held_out') AS held_out,
+    count(*) FILTER (WHERE dropped_at IS NOT NULL AND reason IS DISTINCT FROM 'held_out') AS dropped
+  FROM made_fates GROUP BY ALL
+) f ON f."set" = t."set" AND f.step = t.step"""
+
+_MAKER_REASONS = """
+CREATE VIEW maker_reasons AS
+SELECT "set", step, maker, what, reason, judge, rows FROM maker_told
+UNION ALL BY NAME
+SELECT f."set", f.step, t.maker, 'dropped' AS what, f.reason, s.name AS judge, count(*) AS rows
+FROM made_fates f
+JOIN maker_steps t ON t."set" = f."set" AND t.step = f.step
+JOIN steps s ON s."set" = f."set" AND s.step = f.dropped_at
+WHERE f.reason IS DISTINCT FROM 'held_out'
+GROUP BY ALL"""
 
 
 def measure_of(folder: RunFolder, step: Mapping[str, Any]) -> str | None:

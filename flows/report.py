@@ -21,6 +21,7 @@ from ..curation.folder import RunFolder, read_json, whole_file
 from ..curation.look import Funnel, conserved, cut, funnel, plain, records, verdict_of
 from ..curation.text.view import prompt_of, response_of
 from ..curation.views import Json, connect, evaluations, stages, steps
+from .report_makers import makers
 
 BINS = 40
 MAP_ROWS = 3000
@@ -42,6 +43,7 @@ def write_report(folder: RunFolder) -> Path:
             "faults": found.faults,
             "conserved": conserved(found),
             "sources": found.sources,
+            "makers": makers(con, folder, found),
             "histograms": [one for step in steps(folder) if (one := _histogram(con, step)) is not None],
             "maps": [_map(con, one.name, colours) for one in found.sets],
             "samples": _samples(con, folder, found, colours),

@@ -193,7 +193,10 @@ def _sift_sft(fake: Fake, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     fake.rows += made
     _value(fake, made)
     born: dict[str, Fate] = {made[-1]["row_id"]: (False, "held_out", None, None)}
-    alive = _step(fake, name, "Rewrite(model='small')", 4, alive, old | born, scope="maker", made=made)
+    asked = {"asked": 12, "answered": 10, "failed": {"timeout": 2}, "parsed": 9, "unparsed": {"empty": 1},
+             "verified": 8, "refused": {"wrong": 1, "same": 1}, "made": len(made), "cached": 4,
+             "prompt_tokens": 900, "tokens": 300, "cost": 0.06, "model": "small", "licence": "MIT"}  # fmt: skip
+    alive = _step(fake, name, "Rewrite(model='small')", 4, alive, old | born, scope="maker", made=made, synthesis=asked)
     fates = _scored(fake, alive, fake.perplexity, 6, 190, "perplexity")
     broken = alive[3]["row_id"]
     fates[broken] = (False, "judge_error", None, {"error": "ValueError: no tokens"})
@@ -218,7 +221,11 @@ def _sift_sft(fake: Fake, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _rewrite(row: dict[str, Any], position: int) -> dict[str, Any]:
     turns = [row["messages"][0], message("assistant", "Better said: " + row["messages"][1]["content"][:60])]
-    return made_row("Rewrite(model='small')", [row["row_id"]], position, row["source"], messages=turns)
+    origin = {"maker": "Rewrite", "model": "small", "model_digest": "d" * 32, "licence": "MIT", "prompt": "rewrite",
+              "prompt_digest": "e" * 32, "sampling": {"temperature": 0.8, "max_tokens": 64}, "seed": 7,
+              "finished": True, "tokens": 30}  # fmt: skip
+    meta = json.dumps({"made": origin})
+    return made_row("Rewrite(model='small')", [row["row_id"]], position, row["source"], messages=turns, meta=meta)
 
 
 def _sift_dpo(fake: Fake, rows: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from gristmill.curation.look import funnel
 from gristmill.flows.report import number, write_report
 
 FAKE = runpy.run_path(str(Path(__file__).parents[1] / "curation" / "fake_run.py"))
-SECTIONS = ("funnel", "scores", "map", "samples", "training", "evaluation", "quarantine", "files")
+SECTIONS = ("funnel", "makers", "scores", "map", "samples", "training", "evaluation", "quarantine", "files")
 
 
 class Page(html.parser.HTMLParser):

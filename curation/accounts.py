@@ -1,0 +1,124 @@
+"""What each maker of a run cost and gave: its requests, as it counted them, and its rows, as the ledger has them.
+
+asked = answered + failed; answered = parsed + unparsed; rows made = kept + held out + dropped. `faults` names every
+place where that does not hold."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .folder import RunFolder
+from .views import Json, steps
+
+
+@dataclass(frozen=True)
+class Account:
+    """One maker of one set. model and all counts of requests: None for a maker that asks no model. failed, unparsed,
+    refused: by reason. kept: live at the set's end (or after its last finished step); dropped: by (judge, reason).
+    tokens: of prompts and answers, those that were paid for before too; cost: of those that were not."""
+
+    set: str
+    step: int
+    maker: str
+    model: str | None
+    licence: str | None
+    asked: int | None
+    answered: int | None
+    parsed: int | None
+    verified: int | None
+    made: int
+    kept: int
+    held_out: int
+    cached: int | None
+    prompt_tokens: int | None
+    tokens: int | None
+    cost: float | None
+    tokens_per_row: float | None
+    cost_per_row: float | None
+    failed: Mapping[str, int] = field(default_factory=dict)
+    unparsed: Mapping[str, int] = field(default_factory=dict)
+    refused: Mapping[str, int] = field(default_factory=dict)
+    dropped: Mapping[tuple[str, str], int] = field(default_factory=dict)
+
+    def lost(self) -> Iterator[tuple[str, str]]:
+        """What became of all else, in words: ("failed", "timeout 3, server 1"), …"""
+        for name in ("failed", "unparsed", "refused"):
+            if reasons := getattr(self, name):
+                yield name, ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+        if self.dropped:
+            said = (f"{reason} {count:,} ({judge})" for (judge, reason), count in self.dropped.items())
+            yield "dropped", ", ".join(said)
+        if self.held_out:
+            yield "held out", f"{self.held_out:,}"
+
+
+def accounts(con: Any, folder: RunFolder) -> tuple[Account, ...]:
+    """The account of every maker of the run, by set and step. con: a connection of views.connect."""
+    reasons: dict[tuple[str, int], dict[str, dict[Any, int]]] = {}
+    sql = 'SELECT "set", step, what, reason, judge, rows FROM maker_reasons ORDER BY rows DESC, judge, reason'
+    for name, step, what, reason, judge, rows in con.execute(sql).fetchall():
+        key = (judge, reason) if what == "dropped" else reason
+        reasons.setdefault((name, step), {}).setdefault(what, {})[key] = rows
+    answer = con.execute("FROM makers")
+    names = [column[0] for column in answer.description]
+    found = [dict(zip(names, row, strict=True)) for row in answer.fetchall()]
+    whats = ("failed", "unparsed", "refused", "dropped")
+    plain = [{name: value for name, value in one.items() if name not in whats} for one in found]
+    made = {key: Account(**one, **reasons.get(key, {})) for one in plain for key in [(one["set"], one["step"])]}
+    return tuple(made[key] for one in steps(folder) if (key := (one["set"], one["step"])) in made)
+
+
+def faults(folder: RunFolder, found: Sequence[Account]) -> list[str]:
+    """A sentence for each sum that does not come out."""
+    claimed = {(one["set"], one["step"]): one.get("synthesis", {}).get("made") for one in steps(folder)}
+    said = []
+    for one in found:
+        where = f"set {one.set}, step {one.step} {one.maker}"
+        left = {"kept": one.kept, "held out": one.held_out, "dropped": sum(one.dropped.values())}
+        said += _unequal(where, "made", one.made, left)
+        if one.asked is None or one.answered is None or one.parsed is None:
+            continue
+        said += _unequal(where, "asked", one.asked, {"answered": one.answered, "failed": sum(one.failed.values())})
+        said += _unequal(
+            where, "answered", one.answered, {"parsed": one.parsed, "unparsed": sum(one.unparsed.values())}
+        )
+        if claimed[one.set, one.step] != one.made:
+            said.append(f"{where}: it counted {claimed[one.set, one.step]:,} rows, the ledger holds {one.made:,}")
+    return said
+
+
+def _unequal(where: str, what: str, whole: int, parts: Mapping[str, int]) -> list[str]:
+    if whole == sum(parts.values()):
+        return []
+    return [f"{where}: {what} {whole:,} is not " + " + ".join(f"{name} {count:,}" for name, count in parts.items())]
+
+
+def origin(meta: str | None) -> Json:
+    """Where a made row says it comes from (synthesis.Session.origin); empty where it says nothing."""
+    try:
+        said = json.loads(meta or "{}")
+    except ValueError:
+        return {}
+    made = said.get("made") if isinstance(said, dict) else None
+    return made if isinstance(made, dict) else {}
+
+
+def origin_lines(meta: str | None) -> list[str]:
+    """The same in words: which model under which licence, which prompt, which sampling."""
+    made = origin(meta)
+    if not made:
+        return []
+    digest = str(made.get("model_digest", ""))[:12]
+    lines = [f"by {made.get('model')} (digest {digest}…; licence or terms: {made.get('licence')})"]
+    prompt = made.get("prompt")
+    lines.append(
+        f"prompt {prompt} (digest {str(made.get('prompt_digest'))[:12]}…)"
+        if prompt
+        else "prompt: its parent's own words"
+    )
+    sampling = ", ".join(f"{name} {value}" for name, value in sorted(made.get("sampling", {}).items()))
+    lines.append(f"sampling: {sampling}, seed {made.get('seed')}")
+    if "tokens" in made:
+        lines.append(f"{made['tokens']:,} tokens" + ("" if made.get("finished") else ", cut by max_tokens"))
+    return lines
