@@ -111,7 +111,7 @@ def listed(text: str, finished: bool = True) -> list[str]:
     """The items of a numbered list, else of a list with bullets: each up to the next item or a blank line, white space
     as single spaces. What stands before the list is no item, and the last one of an answer that was cut off neither."""
     marks = list(_NUMBER.finditer(text)) or list(_BULLET.finditer(text))
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    ends = [*(mark.start() for mark in marks[1:]), *([len(text)] if marks else [])]
     items = [text[mark.end() : end] for mark, end in zip(marks, ends, strict=True)]
     if items and not finished:
         items.pop()
