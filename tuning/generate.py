@@ -103,22 +103,12 @@ class TransformersChat:
             return ChatError("refused", str(ids))
         if not len(ids):
             return ChatError("refused", "the chat template renders this conversation as nothing")
-        sampling, room = request.sampling, request.sampling.max_tokens
-        if self._context is not None:
-            room = min(room, self._context - len(ids))
-        if room <= 0 < sampling.max_tokens:
-            return ChatError("too_long", f"a prompt of {len(ids)} tokens in a context of {self._context}")
-        if room <= 0:
-            return ChatAnswer("", len(ids), 0, False, () if sampling.logprobs else None)
+        sampling, room = request.sampling, new_tokens(request.sampling, len(ids), self._context)
+        if not isinstance(room, int):
+            return room
         generator = torch.Generator().manual_seed(request.seed % 2**63)
         draws = torch.rand(room, generator=generator, dtype=torch.float64)
-        return _Live(place, ids.tolist(), room, draws, sampling, self._first_tokens(sampling.options))
-
-    def _first_tokens(self, options: tuple[str, ...]) -> list[int]:
-        """The first token of each option; none of them where two begin alike, so that nothing could tell them apart."""
-        found = [self._tokenizer(option, add_special_tokens=False)["input_ids"][:1] for option in options]
-        firsts = [token for ids in found for token in ids]
-        return firsts if len(set(firsts)) == len(options) else []
+        return _Live(place, ids.tolist(), room, draws, sampling, first_tokens(self._tokenizer, sampling.options))
 
     def _generate(self, group: list[_Live]) -> None:
         """Fills `tokens` and `logps` of every request of the group."""
@@ -173,6 +163,21 @@ class TransformersChat:
         text = self._tokenizer.decode(live.tokens[: len(live.tokens) - finished], skip_special_tokens=True)
         logps = tuple(live.logps) if live.sampling.logprobs else None
         return ChatAnswer(str(text), len(live.prompt), len(live.tokens), finished, logps, live.told or None)
+
+
+def new_tokens(sampling: Sampling, prompt: int, context: int | None) -> int | ChatAnswer | ChatError:
+    """New tokens that a prompt of so many leaves room for, at least one; else what is said of it without asking."""
+    room = sampling.max_tokens if context is None else min(sampling.max_tokens, context - prompt)
+    if room <= 0 < sampling.max_tokens:
+        return ChatError("too_long", f"a prompt of {prompt} tokens in a context of {context}")
+    return room if room > 0 else ChatAnswer("", prompt, 0, False, () if sampling.logprobs else None)
+
+
+def first_tokens(tokenizer: Any, options: Sequence[str]) -> list[int]:
+    """The first token of each option; none of them where two begin alike, so that nothing could tell them apart."""
+    found = [tokenizer(option, add_special_tokens=False)["input_ids"][:1] for option in options]
+    firsts = [token for ids in found for token in ids]
+    return firsts if len(set(firsts)) == len(options) else []
 
 
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, draws: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..curation.door import Progress
 from ..curation.folder import HouseError
@@ -41,20 +41,13 @@ SCORES = pa.schema(
 ALONE = pa.field("alone_nll", pa.float64())
 
 
-class PackedScorer:
-    """ResponseScorer by packed scoring with a local model.
+class Scorer:
+    """ResponseScorer, but for the log-probabilities themselves: which tokens are scored after what, and the table."""
 
-    A row's scores do not depend on the rows beside it: in fp32 on a CPU they are equal to the last bit (tested).
-    """
-
-    def __init__(
-        self, model: Path, adapter: Path | None = None, *, dtype: str = "auto", device: str | None = None
-    ) -> None:
-        """model: folder of the model; adapter: folder of a LoRA adapter on it. The folders are read at once."""
-        self.digest = model_digest(model) + ("" if adapter is None else "+" + model_digest(adapter))
-        self._tokenizer = load_tokenizer(model)
-        self._model = load_model(model, dtype=dtype, device=device, adapter=adapter)
-        self._context = context_of(self._model.config) or np.inf
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: float, digest: str) -> None:
+        """context: the most tokens that prompt and response may have."""
+        self.digest = digest
+        self._tokenizer, self._context = tokenizer, context
         self._opening: NDArray[np.int32] | None = None
 
     def response_scores(self, rows: pa.Table, progress: Progress | None = None, *, alone: bool = False) -> pa.Table:
@@ -69,6 +62,70 @@ class PackedScorer:
             batch = rows.slice(start, BATCH_ROWS)
             parts.append(self._scores(batch, schema, progress, start, rows.num_rows))
         return pa.concat_tables(parts) if parts else schema.empty_table()
+
+    def _measured(self, documents: Sequence[Tokens], told: Callable[[Sequence[int]], None]) -> NDArray[np.float64]:
+        """(D, 4) tokens, nll, mean_prob and min_prob of each document's targets. told: is called with the places of
+        those that are done."""
+        raise NotImplementedError
+
+    def _scores(
+        self, rows: pa.Table, schema: pa.Schema, progress: Progress | None, before: int, total: int
+    ) -> pa.Table:
+        alone = ALONE.name in schema.names
+        documents, owners = self._documents(tokenise_responses(self._tokenizer, rows), alone)
+        left = np.bincount(owners, minlength=rows.num_rows)  # documents of each row that are still to be scored
+
+        def told(places: Sequence[int]) -> None:
+            np.subtract.at(left, owners[places], 1)
+            if progress is not None:
+                progress(before + int((left == 0).sum()), total)
+
+        found = self._measured(documents, told)
+        if progress is not None and not documents:
+            progress(before + rows.num_rows, total)
+        whole = found[::2] if alone else found
+        firsts = [int(np.flatnonzero(document.weights)[0]) for document in (documents[::2] if alone else documents)]
+        values = [*whole.T, np.asarray(firsts), *([found[1::2, 1]] if alone else [])]
+        place = np.zeros(rows.num_rows, np.int64)
+        scored = owners[::2] if alone else owners
+        place[scored] = np.arange(len(scored))
+        pick = pa.array(place, mask=np.isin(np.arange(rows.num_rows), scored, invert=True))
+        columns = [pa.array(value).cast(kind.type).take(pick) for value, kind in zip(values, schema, strict=True)]
+        return pa.Table.from_arrays(columns, schema=schema)
+
+    def _documents(self, found: Sequence[Tokens | HouseError], alone: bool) -> tuple[list[Tokens], NDArray[np.int64]]:
+        """What is to be scored, and of which row each document is: a row's response after its prompt and, with `alone`,
+        right after it, the response alone."""
+        documents: list[Tokens] = []
+        owners: list[int] = []
+        for row, item in enumerate(found):
+            if isinstance(item, Tokens) and len(item.ids) <= self._context and target_tokens(item):
+                own = [item, self._alone(item)] if alone else [item]
+                documents += own
+                owners += [row] * len(own)
+        return documents, np.asarray(owners, np.int64)
+
+    def _alone(self, tokens: Tokens) -> Tokens:
+        if self._opening is None:
+            self._opening = turn_opening(self._tokenizer)
+        start = int(np.flatnonzero(tokens.weights)[0])
+        weights = np.concatenate([np.zeros(len(self._opening), np.float32), tokens.weights[start:]])
+        return Tokens(np.concatenate([self._opening, tokens.ids[start:]]), weights)
+
+
+class PackedScorer(Scorer):
+    """ResponseScorer by packed scoring with a local model.
+
+    A row's scores do not depend on the rows beside it: in fp32 on a CPU they are equal to the last bit (tested).
+    """
+
+    def __init__(
+        self, model: Path, adapter: Path | None = None, *, dtype: str = "auto", device: str | None = None
+    ) -> None:
+        """model: folder of the model; adapter: folder of a LoRA adapter on it. The folders are read at once."""
+        self._model = load_model(model, dtype=dtype, device=device, adapter=adapter)
+        digest = model_digest(model) + ("" if adapter is None else "+" + model_digest(adapter))
+        super().__init__(load_tokenizer(model), context_of(self._model.config) or np.inf, digest)
 
     def each(self, rows: pa.Table) -> list[list[Tokens] | HouseError]:
         """The documents of each row (chat.tokenise_each); a HouseError too where one is longer than the model's context
@@ -101,48 +158,12 @@ class PackedScorer:
                 progress(done)
         return found
 
-    def _scores(
-        self, rows: pa.Table, schema: pa.Schema, progress: Progress | None, before: int, total: int
-    ) -> pa.Table:
-        alone = ALONE.name in schema.names
-        documents, owners = self._documents(tokenise_responses(self._tokenizer, rows), alone)
-        left = np.bincount(owners, minlength=rows.num_rows)  # documents of each row that are still to be scored
+    def _measured(self, documents: Sequence[Tokens], told: Callable[[Sequence[int]], None]) -> NDArray[np.float64]:
         found = np.full((len(documents), 4), np.nan)
         for places, capacity in _plan([len(document.ids) for document in documents]):
             found[places] = self._pack([documents[place] for place in places], capacity)
-            np.subtract.at(left, owners[places], 1)
-            if progress is not None:
-                progress(before + int((left == 0).sum()), total)
-        if progress is not None and not documents:
-            progress(before + rows.num_rows, total)
-        whole = found[::2] if alone else found
-        firsts = [int(np.flatnonzero(document.weights)[0]) for document in (documents[::2] if alone else documents)]
-        values = [*whole.T, np.asarray(firsts), *([found[1::2, 1]] if alone else [])]
-        place = np.zeros(rows.num_rows, np.int64)
-        scored = owners[::2] if alone else owners
-        place[scored] = np.arange(len(scored))
-        pick = pa.array(place, mask=np.isin(np.arange(rows.num_rows), scored, invert=True))
-        columns = [pa.array(value).cast(kind.type).take(pick) for value, kind in zip(values, schema, strict=True)]
-        return pa.Table.from_arrays(columns, schema=schema)
-
-    def _documents(self, found: Sequence[Tokens | HouseError], alone: bool) -> tuple[list[Tokens], NDArray[np.int64]]:
-        """What is to be scored, and of which row each document is: a row's response after its prompt and, with `alone`,
-        right after it, the response alone."""
-        documents: list[Tokens] = []
-        owners: list[int] = []
-        for row, item in enumerate(found):
-            if isinstance(item, Tokens) and len(item.ids) <= self._context and target_tokens(item):
-                own = [item, self._alone(item)] if alone else [item]
-                documents += own
-                owners += [row] * len(own)
-        return documents, np.asarray(owners, np.int64)
-
-    def _alone(self, tokens: Tokens) -> Tokens:
-        if self._opening is None:
-            self._opening = turn_opening(self._tokenizer)
-        start = int(np.flatnonzero(tokens.weights)[0])
-        weights = np.concatenate([np.zeros(len(self._opening), np.float32), tokens.weights[start:]])
-        return Tokens(np.concatenate([self._opening, tokens.ids[start:]]), weights)
+            told(places)
+        return found
 
     def _pack(self, examples: Sequence[Tokens], capacity: int) -> NDArray[np.float64]:
         pack = build_pack(examples, range(len(examples)), pad_to=capacity)
