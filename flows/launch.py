@@ -18,6 +18,7 @@ from typing import Any
 
 from ..curation.folder import HouseError
 from ..tuning.settings import Training
+from .server import end_with_parent
 
 GRACE = 60.0  # seconds that stopped processes have to end by themselves
 _OWN = ("result", "error", "warning")  # events of this file; the others are those of `loop.train`
@@ -63,7 +64,7 @@ def train_here(
         with errors.open("wb") as stderr:
             process = subprocess.Popen(
                 _command(settings.processes, job), stdout=subprocess.PIPE, stderr=stderr, text=True,
-                env=_environment(settings),
+                env=_environment(settings), preexec_fn=end_with_parent,
             )  # fmt: skip
             try:
                 found = _listen(process, progress)

@@ -26,6 +26,7 @@ from .report_makers import makers
 BINS = 40
 MAP_ROWS = 3000
 MAP_DIMS = 32  # of TF-IDF/SVD, before the two directions of largest variance are drawn
+CURVES = ("loss", "held_out_loss", "margin", "accuracy", "held_out_accuracy")  # of a training stage, where measured
 SAMPLES = 3  # of each drop reason in each set
 TEXT = 420  # characters of a sample's prompt and response
 WIDTH, HEIGHT = 460, 150  # of a chart, in SVG units
@@ -299,7 +300,7 @@ def _stage(folder: RunFolder, run: Mapping[str, Any]) -> Json:
     path = folder.stage(run["stage"]) / "metrics.jsonl"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    curves = [curve for name in ("loss", "margin", "accuracy") if (curve := _curve(lines, name)) is not None]
+    curves = [curve for name in CURVES if (curve := _curve(lines, name)) is not None]
     keys = ("rows", "tokens", "target_tokens", "packs", "fill", "steps", "epochs", "truncated")
     facts = [(name.replace("_", " "), run.get("plan", {}).get(name)) for name in keys]
     facts += [(f"left out: {reason}", rows) for reason, rows in run.get("plan", {}).get("excluded", {}).items()]
@@ -343,7 +344,7 @@ def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> Json | None:
     ticks = [
         {"y": round(HEIGHT * (1 - (tick - low) / (high - low)), 1), "value": tick} for tick in _ticks(low, high, most=4)
     ]
-    return {"name": name, "raw": line(values), "smooth": line(smooth), "ticks": ticks, "first": first, "last": last,
+    return {"name": name.replace("_", " "), "raw": line(values), "smooth": line(smooth), "ticks": ticks, "first": first, "last": last,
             "begin": float(smooth[0]), "end": float(smooth[-1])}  # fmt: skip
 
 

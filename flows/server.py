@@ -52,7 +52,6 @@ def prefect_server(*, services: bool) -> Iterator[str]:
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     command += [] if services else ["--no-ui", "--no-scheduler", "--no-late-runs"]
     environment = os.environ | {"PREFECT_UI_API_URL": url} | ({} if services else {"PREFECT__SERVER_EPHEMERAL": "1"})
-    follow = _end_with_parent if sys.platform == "linux" else None
     with tempfile.TemporaryFile() as said:
         server = subprocess.Popen(
             command,
@@ -61,7 +60,7 @@ def prefect_server(*, services: bool) -> Iterator[str]:
             stdout=said,
             stderr=said,
             start_new_session=True,
-            preexec_fn=follow,
+            preexec_fn=end_with_parent,
         )
         try:
             _wait(server, said, f"{url}/health")
@@ -75,9 +74,11 @@ def prefect_server(*, services: bool) -> Iterator[str]:
                 server.kill()
 
 
-def _end_with_parent() -> None:
-    """prctl(PR_SET_PDEATHSIG): the server gets SIGTERM when this process dies, however it dies."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+def end_with_parent() -> None:
+    """For a child, before it becomes its program: on Linux it gets SIGTERM when its parent dies, however that dies
+    (prctl's PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _wait(server: "subprocess.Popen[bytes]", said: IO[bytes], url: str) -> None:

@@ -3,6 +3,7 @@ import logging
 import random
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,27 @@ def test_a_recipe_is_not_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
         refuse_torchrun("a recipe's run")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from gristmill.flows import launch
+from gristmill.tuning.settings import Training
+
+launch._command = lambda *_: [sys.executable, "-c", "import os, time; print(os.getpid()); time.sleep(600)"]
+launch._listen = lambda process, progress: print(process.stdout.readline(), flush=True) or process.wait()
+launch.train_here("sft", Path("a"), Path("b"), Path("c"), Training(processes=2), progress=print)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    state = Path("/proc") / parent.stdout.readline().strip() / "stat"
+    assert state.is_file()
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and state.is_file() and state.read_text().split()[2] != "Z":
+        time.sleep(0.05)
+    assert not state.is_file() or state.read_text().split()[2] == "Z"
