@@ -87,7 +87,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "TopScore": {"budget": 2},
 }
 # makers of rows whose meta, or whose programs, no case here has
-UNFED = {"LintSeq", "MarkedErrors", "MessageTreeRanks", "StatedSteps"}
+UNFED = {"LintSeq", "MarkedErrors", "MessageTreeRanks", "MinedTasks", "StatedSteps"}
 MEASURES = sorted(name for name, kind in STEPS.items() if hasattr(kind, "measure"))
 JUDGES = sorted(name for name, kind in STEPS.items() if getattr(kind, "scope", None) in ("row", "corpus"))
 MAKERS = sorted(name for name, kind in STEPS.items() if getattr(kind, "scope", None) == "maker")
