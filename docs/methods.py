@@ -72,12 +72,13 @@ NO_ROW = "The tiny model made no row here. What became of its requests:"
 @dataclass(frozen=True)
 class Example:
     """A step's line in a recipe, and the rows that it is tried on. step: the class whose verdict is shown (default: the
-    first of the line)."""
+    first of the line). before: the line of a step that comes before it."""
 
     line: str
     sources: tuple[str, ...] = MIX
     kind: str = "sft"
     step: str = ""
+    before: str = ""
 
     @property
     def shown(self) -> str:
@@ -177,7 +178,8 @@ def recipe_of(name: str, example: Example, scratch: Path) -> str:
     else:
         del models["brief"]
     held_out = 0.05 if example.shown in ("HeldOut", "NearHeldOut") else 0
-    steps = [yaml.safe_load(example.line.replace(HERE, str(DATA)).replace(SCORES, str(scratch / SCORES)))]
+    lines = [example.before, example.line] if example.before else [example.line]
+    steps = [yaml.safe_load(line.replace(HERE, str(DATA)).replace(SCORES, str(scratch / SCORES))) for line in lines]
     stage = {"set": name, "kind": example.kind, "sources": list(example.sources), "held_out": held_out, "steps": steps}
     stages.append({"curate": stage})
     return yaml.safe_dump({"name": "methods", "sources": sources, "models": models, "stages": stages}, sort_keys=False)
@@ -283,7 +285,8 @@ HEAD = """\
 Every measure, judge and maker: what it does and after whom, one line of a recipe, and a verdict (or made row) that this
 line gave on real rows. `gristmill judges NAME` prints all fields. Language models here are made on the spot and as
 small as they come: their scores show the form, not a judgement; `solver` is a cassette of published GSM8K solutions,
-and `StatedSteps` reads pairs put together from those. Made by `python docs/methods.py`.
+and `StatedSteps` reads pairs put together from those. Makers have a page each, with a made row, its parents and its
+verdicts: docs/makers/. Made by `python docs/methods.py`.
 """
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def _sample(found: Life) -> Json:
     known = {one.row_id for one in near}
     return {
         "row_id": row["row_id"],
-        "fate": "kept" if found.verdicts and found.verdicts[-1].keep else "dropped",
+        "fate": _fate(found),
         "said": _said(row),
         "origin": origin_lines(row["meta"]),
         "parents": [(one.row_id, cut(one.text, TEXT), "; ".join(one.fates)) for one in near],
@@ -69,6 +69,11 @@ def _sample(found: Life) -> Json:
             for one in found.verdicts
         ],
     }
+
+
+def _fate(found: Life) -> str:
+    last = found.verdicts[-1]
+    return "kept" if last.keep else "held out" if last.reason == "held_out" else "dropped"
 
 
 def _said(row: Json) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from ..selecting.selection import (
     Unit,
     check_budget,
     cost_of,
+    dropped,
     paid,
     pool,
     ranks,
@@ -58,7 +59,7 @@ class Cap(Unmeasured):
             cap = np.array([self.most if name else len(rows) for name in names], np.int64)
         rank = ranks(shuffled(rows.keys, self.seed, rows.open), group)
         keep = rank <= cap[group]
-        return _dropped(rows, keep, "over_cap", {"group": _of(names, group), "cap": cap[group], "rank": rank})
+        return dropped(rows, keep, "over_cap", {"group": _of(names, group), "cap": cap[group], "rank": rank})
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class StageMixture(Unmeasured):
         rank = ranks(shuffled(rows.keys, self.seed, learnt), np.zeros(len(rows), np.int64))
         keep = ~special | (learnt & (rank <= quota))
         told = {"group": _of(names, source), "quota": np.full(len(rows), quota), "rank": rank}
-        said = _dropped(rows, keep, "not_selected", told, shown=learnt)
+        said = dropped(rows, keep, "not_selected", told, shown=learnt)
         absent = pa.array(special & ~learnt)
         return said.set_column(1, VERDICT.field("reason"), pc.if_else(absent, "not_in_first_stage", said["reason"]))
 
@@ -245,13 +246,3 @@ def _warn_unknown(step: object, named: Mapping[str, float], names: list[str]) ->
     unknown = [name for name in named if name not in names]
     if unknown:
         warnings.warn(f"{type(step).__name__}: no row is of {', '.join(unknown)}", stacklevel=3)
-
-
-def _dropped(
-    rows: Pool, keep: Bools, reason: str, evidence: Mapping[str, pa.Array | np.ndarray], shown: Bools | None = None
-) -> pa.Table:
-    """Verdicts with this reason; evidence for the rows `shown`, by default the dropped ones."""
-    said = selected(rows, keep, evidence)
-    lost = pa.array([reason], pa.string()).take(pa.array(np.zeros(len(keep), np.int64), mask=keep))
-    proof = pc.if_else(pa.array(~keep if shown is None else shown), said["evidence"], pa.scalar(None, pa.string()))
-    return pa.Table.from_arrays([said["keep"], lost, said["score"], proof], schema=VERDICT)

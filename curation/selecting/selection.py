@@ -296,6 +296,20 @@ def selected(rows: Pool, keep: Bools, evidence: Mapping[str, pa.Array | npt.NDAr
     return pa.Table.from_arrays([pa.array(keep), reason, score, proof.cast(pa.string())], schema=VERDICT)
 
 
+def dropped(
+    rows: Pool,
+    keep: Bools,
+    reason: str,
+    evidence: Mapping[str, pa.Array | npt.NDArray[Any]],
+    shown: Bools | None = None,
+) -> pa.Table:
+    """Verdicts with this reason; evidence for the rows `shown`, by default the dropped ones."""
+    said = selected(rows, keep, evidence)
+    lost = pa.array([reason], pa.string()).take(pa.array(np.zeros(len(keep), np.int64), mask=keep))
+    proof = pc.if_else(pa.array(~keep if shown is None else shown), said["evidence"], pa.scalar(None, pa.string()))
+    return pa.Table.from_arrays([said["keep"], lost, said["score"], proof], schema=VERDICT)
+
+
 def _plain(values: pa.Array | npt.NDArray[Any]) -> pa.Array:
     column = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values)
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

@@ -58,6 +58,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "TokenLength": {"model": "m"},
     "TokenLengthRange": {"model": "m"},
     "Cap": {"most": 2},
+    "MakerQuota": {"most": 2},
     "StageMixture": {"set_name": "s"},
     "Confidence": {"model": "m", "nli": "n"},
     "ConfidenceFilter": {"of": STEPS["Confidence"](model="m", nli="n")},
