@@ -32,8 +32,8 @@ class MakerQuota:
     """Keeps of each maker's rows at most so many, or at most a share of the set, so that what one maker makes easily
     does not crowd out the rest. Rows that were read, not made, all stay.
 
-    most: rows of each maker, or a mapping of makers (by class name) to rows; share: of all rows that stay, above 0 and
-    below 1, of each maker or a mapping. A maker that neither names is not capped; where both name it the smaller
+    most: rows of each maker, or a mapping of makers (by class name) to rows; null: no such limit. share: of all rows
+    that stay, above 0 and below 1, of each maker or a mapping. A maker that neither names is not capped; where both name it the smaller
     number holds. Shares are of what is left after all quotas: the largest numbers of rows that keep every share.
 
     of: the measure by whose `column` a maker's rows rank (prefer: the high or the low ones stay; rows without a value
@@ -42,7 +42,7 @@ class MakerQuota:
     dropped rows: {maker, quota, rank}; rank above the quota. Holds some 60 bytes a row.
     """
 
-    most: int | Mapping[str, int] | None = None
+    most: int | Mapping[str, int] | None
     share: float | Mapping[str, float] | None = None
     of: Measure | None = None
     column: str | None = None

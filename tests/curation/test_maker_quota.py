@@ -73,7 +73,7 @@ def test_without_a_score_the_draw_depends_on_seed_and_row_alone(rows: list[dict[
 
 
 def test_a_share_is_of_what_stays(rows: list[dict[str, Any]]) -> None:
-    stay = kept(MakerQuota(share={"Eager": 0.5}), rows)
+    stay = kept(MakerQuota(None, share={"Eager": 0.5}), rows)
     assert len([place for place in stay if 3 <= place <= 12 or place in (16, 17)]) == 8 and len(stay) == 16
     both = kept(MakerQuota(most={"Eager": 5}, share={"Eager": 0.5}), rows)
     assert len(both) == 8 + 5
@@ -93,9 +93,9 @@ def test_quotas_by_share_are_the_largest(groups: list[tuple[int, float]]) -> Non
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({}, "give `most`"),
+        ({"most": None}, "give `most`"),
         ({"most": -1}, "at least 0"),
-        ({"share": 1.0}, "below 1"),
+        ({"most": None, "share": 1.0}, "below 1"),
         ({"most": 1, "of": Length()}, "column"),
     ],
 )
@@ -106,7 +106,7 @@ def test_what_makes_no_sense_is_said(fields: dict[str, Any], said: str) -> None:
 
 def test_shares_that_no_set_can_keep_are_an_error() -> None:
     with pytest.raises(HouseError, match=r"sum to 0\.7"):
-        MakerQuota(share={"A": 0.3, "B": 0.4}).judge(Corpus([made("A", 1), made("B", 2), made("A", 3)]))  # type: ignore[arg-type]
+        MakerQuota(None, share={"A": 0.3, "B": 0.4}).judge(Corpus([made("A", 1), made("B", 2), made("A", 3)]))  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="no row is made by Nobody"):
         assert MakerQuota(most={"Nobody": 1}).judge(Corpus([made("A", 1)]))["keep"].to_pylist() == [True]  # type: ignore[arg-type]
 
