@@ -148,6 +148,13 @@ def state_steps(home: Path) -> Path:
     return home / "stated.parquet"
 
 
+def prepare(scratch: Path) -> None:
+    """Models, pairs and answers that the recipes of `recipe_of` name, in the folder `scratch`."""
+    make_nli(scratch / "nli")
+    state_steps(scratch)
+    write_cassette(scratch / CASSETTE, load_recipe("math-dart"), DATA / "gsm8k_model_solutions.parquet")
+
+
 def recipe_of(name: str, example: Example, scratch: Path) -> str:
     """A recipe with the set `name` for the example, and the sets that the small models learn from."""
     sources: dict[str, Any] = {"docstrings": {"path": "docstrings:stdlib", "licence": "PSF-2.0", "limit": 400}}
@@ -241,11 +248,9 @@ def main() -> None:
     found = old_sections()
     scratch = Path(tempfile.mkdtemp(prefix="gristmill-methods-"))
     try:
-        make_nli(scratch / "nli")
-        state_steps(scratch)
+        prepare(scratch)
         if "ScoreFile" in wanted:
             score_few(scratch)
-        write_cassette(scratch / CASSETTE, load_recipe("math-dart"), DATA / "gsm8k_model_solutions.parquet")
         for name, example in wanted.items():
             recipe = load_text(recipe_of(name, example, scratch), "methods")
             folder = RunFolder(scratch / name)

@@ -33,8 +33,9 @@ class MakerQuota:
     does not crowd out the rest. Rows that were read, not made, all stay.
 
     most: rows of each maker, or a mapping of makers (by class name) to rows; null: no such limit. share: of all rows
-    that stay, above 0 and below 1, of each maker or a mapping. A maker that neither names is not capped; where both name it the smaller
-    number holds. Shares are of what is left after all quotas: the largest numbers of rows that keep every share.
+    that stay, above 0 and below 1, of each maker or a mapping. A maker that neither names is not capped; where both
+    name it the smaller number holds. Shares are of what is left after all quotas: the largest numbers of rows that keep
+    every share.
 
     of: the measure by whose `column` a maker's rows rank (prefer: the high or the low ones stay; rows without a value
     come last); without it they rank by a hash of (`seed`, row_id), as do equal values. A row that a later step said
