@@ -18,11 +18,14 @@ from .steps import Corpus
 from .synthesis import Ask, Session, asking
 from .text.view import normal
 
+SPARE = 1000  # seeds above twice the limit that are held before those that are too many are let go
+
 
 @dataclass(frozen=True)
 class Seed:
-    """A row of one user turn that new instructions are made from. `text` is the whole turn; its first paragraph is the
-    task and the others the task's input, as rows of an instruction and an input are read. answer: may be absent."""
+    """A row of one user turn that new instructions are made from; a system turn before it is left out. `text`
+    is the whole turn; its first paragraph is the task and the others the task's input, as rows of an instruction and an
+    input are read. answer: may be absent."""
 
     row_id: str
     text: str
@@ -52,25 +55,27 @@ def seeds(corpus: Corpus, set_name: str | None, limit: int | None, seed: int) ->
     used, by reason. set_name: an earlier set's train rows (its held-out rows must not shape what others train on);
     None: the live rows. limit: of seeds. Rows of one prompt are one seed, the row lowest by the hash."""
     lost: Counter[str] = Counter()
-
-    def candidates() -> Iterator[tuple[str, Seed]]:
-        for row in _rows(corpus, set_name):
-            one = _seed_of(row)
-            if isinstance(one, Seed):
-                yield digest(str(seed), one.row_id), one
-            else:
-                lost[one] += 1
-
-    first: dict[str, tuple[str, Seed]] = {}
-    for key, one in candidates():
+    prompts: set[str] = set()
+    lowest: dict[str, tuple[str, Seed]] = {}  # prompt -> its row lowest by the hash
+    for row in _rows(corpus, set_name):
+        one = _seed_of(row)
+        if isinstance(one, str):
+            lost[one] += 1
+            continue
         name = digest(normal(one.text))
-        held = first.get(name)
-        if held is not None:
+        if name in prompts:
             lost["same_prompt"] += 1
-        if held is None or key < held[0]:
-            first[name] = key, one
-    chosen = heapq.nsmallest(len(first) if limit is None else limit, first.values(), key=lambda pair: pair[0])
-    return [one for _, one in chosen], lost
+        prompts.add(name)
+        pair = digest(str(seed), one.row_id), one
+        lowest[name] = min(lowest.get(name, pair), pair, key=_hash_of)
+        if limit is not None and len(lowest) > 2 * limit + SPARE:
+            lowest = dict(heapq.nsmallest(limit, lowest.items(), key=lambda item: item[1][0]))
+    chosen = sorted(lowest.values(), key=_hash_of)
+    return [one for _, one in chosen[:limit]], lost
+
+
+def _hash_of(pair: tuple[str, Seed]) -> str:
+    return pair[0]
 
 
 def _rows(corpus: Corpus, set_name: str | None) -> Iterator[Row]:

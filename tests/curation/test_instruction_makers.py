@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gristmill.curation import instructing
 from gristmill.curation.door import ChatAnswer, ChatError, ChatRequest
 from gristmill.curation.folder import HouseError
 from gristmill.curation.instructing import drawn, listed, seeds
@@ -135,6 +136,16 @@ def test_seeds_are_train_rows_of_one_turn_whatever_their_order(make_row: Make) -
     assert {one.task for one in found} == {"Sum it up."} | {f"Task {n}" for n in range(20)}
     held, _ = seeds(Corpus([], held_out=rows), "earlier", None, 0)  # type: ignore[arg-type]
     assert held == [], "held-out rows are no seeds"
+
+
+def test_a_few_seeds_of_many_are_those_that_all_of_them_begin_with(
+    make_row: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [make_row("s", n, f"Task {n % 90}", f"answer {n}") for n in range(120)]
+    every, lost = seeds(Corpus(rows), None, None, 3)  # type: ignore[arg-type]
+    monkeypatch.setattr(instructing, "SPARE", 2)
+    few, lost_again = seeds(Corpus(rows), None, 7, 3)  # type: ignore[arg-type]
+    assert few == every[:7] and len(every) == 90 and lost == lost_again == {"same_prompt": 30}
 
 
 def test_places_are_drawn_without_repetition_and_evenly() -> None:
