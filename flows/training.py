@@ -1,6 +1,7 @@
 """The training and evaluation stages of a run."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ..curation.door import Progress
@@ -9,12 +10,13 @@ from ..curation.shards import read_split
 from ..tuning.evaluate import evaluate_preference, evaluate_sft
 from ..tuning.models import load_tokenizer
 from ..tuning.objectives import find_loss
+from ..tuning.servable import check_servable
 from ..tuning.settings import Training
 from .launch import train_here
 from .models import Workshop
 from .progress import Bar, Done
-from .recipe import Train
-from .stages import Evaluate
+from .recipe import Recipe, Train
+from .stages import Evaluate, models_of
 from .training_text import end_text, plan_text, step_text
 
 Row = dict[str, Any]
@@ -28,6 +30,8 @@ def train_stage(folder: RunFolder, shop: Workshop, stage: Train, progress: Progr
         base, adapter = shop.where(stage.start)
     record = out / "run.json"
     cached = record.is_file() and read_json(record)["status"] == "complete"
+    if not cached and (asker := _asks_through_vllm(shop.recipe, stage)):
+        _refuse_unservable(stage, asker, base)
 
     run = train_here(
         stage.objective,
@@ -41,6 +45,26 @@ def train_stage(folder: RunFolder, shop: Workshop, stage: Train, progress: Progr
         references=folder.root / "references",
     )
     return Done(end_text(run, out), cached, run)
+
+
+def _asks_through_vllm(recipe: Recipe, stage: Train) -> str | None:
+    """The set whose steps will ask the trained model through vLLM, if any will."""
+    model = recipe.models[stage.model]
+    if model.vllm is None and model.serve is None:
+        return None
+    asking = (one.set for one in recipe.sets().values() if any(stage.name in models_of(step) for step in one.steps))
+    return next(asking, None)
+
+
+def _refuse_unservable(stage: Train, asker: str, base: Path) -> None:
+    """HouseError, before the first step, where vLLM would not take what the stage is about to train."""
+    from transformers import AutoConfig
+
+    found = check_servable(AutoConfig.from_pretrained(base), stage.settings.lora)
+    if found:
+        raise HouseError(
+            f"stage {stage.name}: the set {asker} will ask it through vLLM, which would not take it: {'; '.join(found)}"
+        )
 
 
 def told(progress: Progress) -> Callable[[Row], None]:

@@ -1,13 +1,17 @@
 """Training stages in recipes and on the command line: every objective, losses by name, options or dotted path."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
-from gristmill.curation.folder import HouseError
+from gristmill.curation.folder import HouseError, RunFolder
 from gristmill.flows.cli import app
 from gristmill.flows.losses import show_losses
+from gristmill.flows.models import Workshop
 from gristmill.flows.recipe import build_settings, dump, load_text
+from gristmill.flows.training import train_stage
 from gristmill.tuning.losses import LOSSES
 from gristmill.tuning.settings import Training
 
@@ -88,3 +92,32 @@ def test_the_list_of_losses_names_each_with_its_options(capsys: pytest.CaptureFi
     assert "reference point z" in capsys.readouterr().out
     with pytest.raises(HouseError, match="no loss is called 'ktoo'; did you mean 'kto'"):
         show_losses("ktoo")
+
+
+SERVED = """\
+name: served
+sources:
+  rows: {path: rows.jsonl, licence: MIT}
+models:
+  base: {path: MODEL, serve: {}}
+stages:
+  - curate: {set: first, sources: [rows]}
+  - sft: {set: first, model: base, lora: {rank: 513}}
+  - curate:
+      set: second
+      kind: preference
+      steps:
+        - BestAgainstWorst: {model: sft, judge: base, set_name: first}
+"""
+
+
+def test_what_vllm_would_not_serve_is_not_trained_where_it_is_to_be_asked_through_it(tmp_path: Path) -> None:
+    AutoConfig.for_model("qwen3", architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path / "model")
+    recipe = load_text(SERVED.replace("MODEL", str(tmp_path / "model")))
+    folder = RunFolder(tmp_path / "out")
+    with pytest.raises(HouseError, match=r"stage sft: the set second will ask it through vLLM.*rank 513"):
+        train_stage(folder, Workshop(recipe, folder), recipe.trained()["sft"], lambda done, total: None)
+    plain = replace(recipe, models={"base": replace(recipe.models["base"], serve=None)})
+    with pytest.raises(HouseError) as told:  # nothing is curated in this folder: it gets that far
+        train_stage(folder, Workshop(plain, folder), plain.trained()["sft"], lambda done, total: None)
+    assert "vLLM" not in str(told.value)
