@@ -15,7 +15,7 @@ from .door import ChatAnswer, Sampling
 from .preferring import question_of, usable
 from .rows import Row, digest, message
 from .steps import Corpus
-from .synthesis import Ask, Session, asking
+from .synthesis import Ask, Session, asking, prompt
 from .text.view import normal
 
 SPARE = 1000  # seeds above twice the limit that are held before those that are too many are let go
@@ -128,10 +128,10 @@ def answers(
     session: Session, made: Sequence[Instruction], sampling: Sampling, *seed: object
 ) -> Iterator[tuple[Instruction, Ask, ChatAnswer]]:
     """Asks each instruction as it stands; those whose answer says something and came to its end, in order."""
-    asks = []
+    bare, asks = prompt("ask"), []
     for one in made:
-        turns = (("system", one.system), ("user", one.text)) if one.system else (("user", one.text),)
-        asks.append(asking(None, turns, sampling, (*seed, "answer", one.system, one.text), one.parents, one))
+        turns = (*((("system", one.system),) if one.system else ()), *bare.turns(question=one.text))
+        asks.append(asking(bare, turns, sampling, (*seed, "answer", one.system, one.text), one.parents, one))
     for ask, answer in session.ask(asks):
         if usable(session, answer):
             yield ask.about, ask, answer

@@ -69,14 +69,14 @@ class LaMini:
     def _instructions(self, session: Session, given: Sequence[Seed]) -> Iterator[Instruction]:
         seen = {normal(one.text) for one in given}
         for ask, answer in session.ask([self._ask(given, request) for request in range(self.requests)]):
-            items = listed(answer.text, answer.finished)[: self.wanted]
+            items = listed(answer.text, answer.finished)
             if not items:
                 session.unparsed("no_list" if answer.text.strip() else "empty")
                 continue
             session.tally.parsed += 1
-            for text in items:
-                if normal(text) in seen:
-                    session.refused("duplicate")
+            for place, text in enumerate(items):
+                if place >= self.wanted or normal(text) in seen:
+                    session.refused("too_many" if place >= self.wanted else "duplicate")
                     continue
                 seen.add(normal(text))
                 yield Instruction(text, ask, answer, ask.parents, {"topics": list(ask.about)})

@@ -35,7 +35,8 @@ class SelfInstruct:
     than `low` or more than `high` words, or begins with punctuation. The model then says whether the task is a
     classification: if so labels come first and an input for each (else one label would prevail), if not inputs come
     first; at most `instances` of each task. Instances without output, whose output is the input, that end with a colon,
-    that stand there twice, or whose input has another output too are turned down.
+    that stand there twice, or whose input has another output too are turned down, and what is more than was asked for
+    (too_many).
 
     Seeds are the rows of one user turn of the earlier set `set_name` (its train split; None: the live rows of this
     set), at most `limit`; their first paragraph is the task. Seeds stay. A row says the task, its input after a blank
@@ -115,13 +116,15 @@ class SelfInstruct:
     def _tasks(self, session: Session, asks: Sequence[Ask], known: Alike) -> Iterator[Instruction]:
         """The new tasks that pass; `known` grows by them."""
         for ask, answer in session.ask(asks):
-            items = listed(answer.text, answer.finished)[: self.tasks]
+            items = listed(answer.text, answer.finished)
             if not items:
                 session.unparsed("no_list" if answer.text.strip() else "empty")
                 continue
             session.tally.parsed += 1
-            for task in items:
+            for place, task in enumerate(items):
                 problem = task_problem(task, self.low, self.high, self.keywords)
+                if place >= self.tasks:
+                    problem = "too_many"
                 if problem is None and known.nearest(task) is not None:
                     problem = "similar"
                 if problem is not None:
@@ -144,6 +147,7 @@ class SelfInstruct:
                 continue
             session.tally.parsed += 1
             kept, refused = fitting(found)
+            refused["too_many"] = max(0, len(kept) - self.instances)
             for reason in refused.elements():
                 session.refused(reason)
             for given, output in kept[: self.instances]:

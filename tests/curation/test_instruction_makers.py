@@ -323,6 +323,21 @@ def test_classification_tasks_get_their_labels_first(tasks: list[dict[str, Any]]
     assert accounted(corpus, door)["refused"] == {"similar": 2}  # of the second round
 
 
+def test_more_than_was_asked_for_is_counted_and_left_out(tasks: list[dict[str, Any]]) -> None:
+    def model(request: ChatRequest) -> Said:
+        said = user(request)
+        if "Go on with" in said or "Here are examples" in said:
+            return "\n".join(f"{n}. What is so special about {word}?" for n, word in enumerate("abcd"))
+        return "No" if "Classification:" in said else "\n".join(f"Input: i{n}\nOutput: o{n}" for n in range(3))
+
+    asked = {"model": "m", "requests": 1}
+    corpus = Corpus(tasks, Door(model))
+    made = made_by(SelfInstruct(**asked, rounds=1, tasks=2, instances=2, similarity=1.0), corpus)
+    assert len(made) == 4 and corpus.facts["synthesis"]["refused"] == {"too_many": 4}
+    made = made_by(LaMini(**asked, wanted=3), corpus)
+    assert len(made) == 3 and corpus.facts["synthesis"]["refused"] == {"too_many": 1}
+
+
 def test_self_instruct_on_the_papers_own_seed_tasks(data: Path, make_row: Make) -> None:
     read = pq.read_table(data / "self_instruct_seed_tasks.parquet").to_pylist()
     rows = []
@@ -378,6 +393,7 @@ def test_evolved_rows_carry_their_chain_and_the_eliminated_return(tasks: list[di
             assert chain[:-1] == meta(rows[parent])["chain"]
         lengths[len(chain)] += 1
         assert about["instruction_made"]["prompt"] == operator_prompt(about["operator"]).name
+        assert about["made"]["prompt_digest"] and about["made"]["licence"] == "MIT"
     assert set(lengths) == {1, 2, 3, 4}
     skipped = [row for row in made if meta(row)["generation"] > len(meta(row)["chain"])]
     assert skipped, "an instruction that was eliminated is evolved again from its parent in a later generation"
