@@ -14,9 +14,11 @@ demo: $(VENV)/.all
 test: $(VENV)/.test
 	$(BIN)/pytest
 
-# vLLM's CPU build in an environment of its own: what we export is served there and compared. Some 4 GB.
+# vLLM's CPU build in an environment of its own: the door's tests through a server and in process, and what we export is
+# served there and compared. Some 4 GB.
 test-vllm: $(VLLM)/.ready
-	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/pytest -p no:cacheprovider tests/vllm/serving.py
+	$(VLLM)/bin/python -m pytest -p no:cacheprovider tests/vllm/door.py
+	$(VLLM)/bin/python -m pytest -p no:cacheprovider tests/vllm/serving.py
 
 lint: $(VENV)/.test $(VENV)/.lint
 	$(BIN)/ruff check .

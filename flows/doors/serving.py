@@ -170,10 +170,10 @@ class Serving:
         while time.monotonic() - begun < self.settings.startup:
             if not self.running:
                 raise HouseError(f"vLLM's server of {self.home} ended while it started. {self._tail()}")
+            self._note(f"vLLM's server starts, {time.monotonic() - begun:.0f} s: {self._last()}")
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(health, timeout=5, trust_env=False).status_code == 200:
                     return
-            self._note(f"vLLM's server starts, {time.monotonic() - begun:.0f} s: {self._last()}")
             time.sleep(0.25)
         raise HouseError(
             f"vLLM's server of {self.home} did not answer within {self.settings.startup:g} s: give it more, as"

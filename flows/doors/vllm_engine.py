@@ -336,14 +336,33 @@ class _Waiting:
     jobs: dict[str, _Job] = field(default_factory=dict)
     names: Iterator[int] = field(default_factory=count)
 
+    def take_in(self, engine: Any, inbox: "queue.SimpleQueue[_Job | _Drop | None]") -> bool:
+        """What is asked meanwhile; waits for it where nothing is under way. False: it is time to end."""
+        for _ in range(AT_ONCE):
+            if self.jobs and inbox.empty():
+                break
+            asked = inbox.get()
+            if asked is None:
+                return False
+            if isinstance(asked, _Drop):
+                self.drop(engine, asked.reply)
+            else:
+                self.add(engine, asked)
+        return True
+
     def add(self, engine: Any, job: _Job) -> None:
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         name = str(next(self.names))
+        self.jobs[name] = job
         try:
-            engine.add_request(name, {"prompt_token_ids": job.prompt}, job.params, lora_request=job.lora)
-        except ValueError as error:  # vLLM's word against this one request
+            engine.add_request(name, tokens_input(job.prompt), job.params, lora_request=job.lora)
+        except EngineDeadError:
+            raise
+        except Exception as error:  # vLLM's word against this one request
+            del self.jobs[name]
             job.reply.put((job.place, error))
-        else:
-            self.jobs[name] = job
 
     def drop(self, engine: Any, reply: "queue.SimpleQueue[_Reply]") -> None:
         gone = [name for name, job in self.jobs.items() if job.reply is reply]
@@ -356,38 +375,27 @@ class _Waiting:
             if output.finished and (job := self.jobs.pop(output.request_id, None)) is not None:
                 job.reply.put((job.place, output))
 
+    def fail(self, error: BaseException) -> None:
+        """Tells all that wait."""
+        for reply in {id(job.reply): job.reply for job in self.jobs.values()}.values():
+            reply.put(error)
+        self.jobs.clear()
+
 
 def _pump(engine: Any, inbox: "queue.SimpleQueue[_Job | _Drop | None]") -> None:
     """The engine's thread: takes in what is asked, steps, and hands out what is finished, until it is told to end."""
     waiting = _Waiting()
-    failed: BaseException | None = None
-    while True:
-        taken = 0
-        while (not waiting.jobs and not taken) or (taken < AT_ONCE and not inbox.empty()):
-            asked = inbox.get()
-            taken += 1
-            if asked is None:
-                _tell_all(waiting, RuntimeError("it was closed"))
-                engine.engine_core.shutdown()
-                return
-            if isinstance(asked, _Drop):
-                waiting.drop(engine, asked.reply)
-            elif failed is not None:
-                asked.reply.put(failed)
-            else:
-                waiting.add(engine, asked)
-        try:
+    try:
+        while waiting.take_in(engine, inbox):
             if waiting.jobs:
                 waiting.step(engine)
-        except Exception as error:  # the engine is dead: all that wait are told, and all that come
-            failed = error
-            _tell_all(waiting, error)
-
-
-def _tell_all(waiting: _Waiting, error: BaseException) -> None:
-    for reply in {id(job.reply): job.reply for job in waiting.jobs.values()}.values():
-        reply.put(error)
-    waiting.jobs.clear()
+        waiting.fail(RuntimeError("it was closed"))
+    except Exception as error:  # the engine is dead: all that wait are told, and all that come
+        waiting.fail(error)
+        while (asked := inbox.get()) is not None:
+            asked.reply.put(error)
+    finally:
+        engine.engine_core.shutdown()
 
 
 def _end(inbox: "queue.SimpleQueue[_Job | _Drop | None]", thread: threading.Thread) -> None:

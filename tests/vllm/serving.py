@@ -4,61 +4,23 @@ Not among the tests that `pytest` collects by itself: `make test-vllm` makes an 
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from gristmill.curation.rows import content_id, counted_row_id, message, table
-from gristmill.curation.shards import write_curated
 from gristmill.tuning.chat import conversation_ids
-from gristmill.tuning.export import export
-from gristmill.tuning.loop import train
-from gristmill.tuning.models import load_model, load_tokenizer, train_tokenizer
+from gristmill.tuning.models import load_model, load_tokenizer
 from gristmill.tuning.servable import ARCHITECTURES, RANKS, check_servable, needed_rank
-from gristmill.tuning.settings import Lora, Training
+from tests.vllm.conftest import RANK, TALK
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "3600")  # 300 by default: too few on a busy machine
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed here: run `make test-vllm`")
 
 pytestmark = pytest.mark.timeout(3600)  # an engine takes a minute to start, on a busy machine many
-TALK = [("What grinds?", "The mill."), ("What turns it?", "The river."), ("And then?", "Flour, then bread.")]
-RANK, NEW = 4, 12
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, a run that learns TALK by heart, and what is exported of it."""
-    home = tmp_path_factory.mktemp("vllm")
-    tokenizer = train_tokenizer([" ".join(word for pair in TALK for word in pair) * 20], 300, 128)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "qwen3", hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, vocab_size=len(tokenizer), max_position_embeddings=128,
-        eos_token_id=0, initializer_range=0.1,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(home / "base")
-    tokenizer.save_pretrained(home / "base")
-    rows = []
-    for ask, say in TALK:
-        row: dict[str, Any] = {"messages": [message("user", ask), message("assistant", say)]}
-        row |= {"source": "talk", "position": 0, "content_id": content_id(row)}
-        rows.append(row | {"row_id": counted_row_id("talk", row["content_id"], 0)})
-    write_curated(home / "data", "sft", {"train": [table(rows)]}, {}, lambda manifest: {})
-    how = Training(
-        capacity=128, packs_per_step=1, max_steps=60, learning_rate=1e-2, dtype="fp32", threads=1,
-        lora=Lora(rank=RANK, base="fp32"),
-    )  # fmt: skip
-    train("sft", home / "data", home / "base", home / "run", how)
-    for kind in ("adapter", "merged"):
-        manifest = export(home / "run", home / kind, kind, device="cpu")  # type: ignore[arg-type]
-        assert manifest["vllm"] == []
-    return home
+NEW = 12
 
 
 def prompts(home: Path) -> list[list[int]]:
