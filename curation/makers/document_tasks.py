@@ -9,12 +9,13 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 
 from ..documents import Section, cut
-from ..door import ChatAnswer, Sampling
+from ..door import ChatAnswer
 from ..folder import HouseError
 from ..rows import Row, digest, message, table
 from ..steps import Corpus
 from ..synthesis import Ask, Prompt, Session, asking, prompt
 from ..text_tasks import TASKS, Exercise, TextTask, copied, exercise, one_of, read, within
+from .rejection_sampling import sampling_of
 
 PIPE = "<|pipe|>"  # between instruction and response, as the model Bonito writes them
 CONTEXT = "{{context}}"  # where that model wants the text put in
@@ -108,7 +109,7 @@ class DocumentTasks:
 
     def _round(self, short: str, queue: list[Section], missing: Mapping[str, int]) -> Iterator[Ask]:
         """Requests for the rows still missing of a type, taken off its queue."""
-        task, sampling = TASKS[short], Sampling(self.temperature, self.top_p, self.max_tokens)
+        task, sampling = TASKS[short], sampling_of(self)
         for _ in range(min(missing[short], len(queue))):
             one = queue.pop()
             key = ("task", self.seed, short, one.row_id, one.start)

@@ -34,10 +34,14 @@ pq.write_table(pa.table({"row_id": ["0" * 32], "content_id": ["1" * 32], "loss":
 # what a recipe must say of each step that has fields without defaults
 NEEDED: dict[str, dict[str, Any]] = {
     "Matches": {"pattern": "a"},
+    "BackTranslation": {"model": "m"},
     "BestAgainstWorst": {"model": "m", "judge": "j"},
     "CleanCode": {"model": "m"},
     "ClearCorrection": {"model": "m", "judge": "j"},
     "DocumentTasks": {"model": "m"},
+    "ExtendConversation": {"model": "m"},
+    "Rephrase": {"model": "m"},
+    "Translate": {"model": "m", "language": "German", "code": "de"},
     "RejectionSampling": {"model": "m", "verifier": STEPS["Matches"]("a")},
     "RightAgainstWrong": {"model": "m", "verifier": STEPS["Matches"]("a")},
     "SelectiveSelfSft": {"model": "m", "verifier": STEPS["Matches"]("a")},
@@ -75,6 +79,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "IterativeQuality": {"budget": 4},
     "KCenter": {"budget": 2},
     "InstructMining": {"budget": 2},
+    "Glan": {"model": "m"},
+    "InstructSkillMix": {"model": "m"},
+    "Personas": {"model": "m"},
     "KMeansQuality": {"budget": 2},
     "PairPreference": {"model": "m"},
     "PerplexityQuantile": {"model": "m"},
@@ -88,7 +95,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "TopScore": {"budget": 2},
 }
 # makers of rows whose meta, or whose programs, no case here has
-UNFED = {"LintSeq", "MarkedErrors", "MessageTreeRanks", "MinedTasks", "StatedSteps"}
+UNFED = {"LintSeq", "MarkedErrors", "MessageTreeRanks", "NonInstructional", "MinedTasks", "StatedSteps"}
 MEASURES = sorted(name for name, kind in STEPS.items() if hasattr(kind, "measure"))
 JUDGES = sorted(name for name, kind in STEPS.items() if getattr(kind, "scope", None) in ("row", "corpus"))
 MAKERS = sorted(name for name, kind in STEPS.items() if getattr(kind, "scope", None) == "maker")

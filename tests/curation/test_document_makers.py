@@ -13,9 +13,14 @@ import pytest
 from gristmill.curation.door import ChatAnswer, ChatError, ChatRequest
 from gristmill.curation.folder import HouseError
 from gristmill.curation.makers.document_tasks import DocumentTasks, check_bonito, read_bonito, task_prompt
-from gristmill.curation.rows import ROW, content_id, table
+from gristmill.curation.makers.extend_conversation import ExtendConversation
+from gristmill.curation.makers.non_instructional import NonInstructional, border
+from gristmill.curation.makers.rephrase import Rephrase, copied_share
+from gristmill.curation.makers.translate import Translate
+from gristmill.curation.rows import ROW, content_id, message, table
 from gristmill.curation.text.labelled import labelled
 from gristmill.curation.text.sections import paragraphs, sections
+from gristmill.curation.text.verbatim import changed, translatable
 from gristmill.curation.text_tasks import TASKS, Exercise, exercise, options, read
 
 Say = Callable[[ChatRequest], str | ChatAnswer | ChatError]
@@ -80,7 +85,7 @@ def real(data: Path, name: str) -> list[str]:
 
 def test_sections_of_real_documents_lose_nothing(data: Path) -> None:
     for name in DOCUMENTS:
-        for text in real(data, name):
+        for text in real(data, name)[::3]:
             places = sections(text, 2000)
             assert "".join(text[low:high] for low, high in places) == text
             assert max(high - low for low, high in places) <= 2000
@@ -261,3 +266,238 @@ def test_what_a_recipe_may_not_say() -> None:
         DocumentTasks("m", rows={"qa": -1})
     with pytest.raises(HouseError, match="least at most window"):
         DocumentTasks("m", window=100)
+
+
+# ---- rephrasing
+
+SAID_AGAIN = (
+    "Next to the river is a mill that Anna Weber put up in 1790. Slow water moves it and rye becomes flour between"
+    " heavy stones. Fire took the bank in 1850, yet spared the mill, and its flour is sold to this day."
+)
+PAIRS = "Sure:\n\n**Question 1:** Who built the mill?\n**Answer:** Anna Weber did,\nin 1790.\n\nQ: What does it grind?\nA: Rye.\nQ: Why?"
+
+
+def rephrased(said: str | ChatAnswer, **fields: Any) -> tuple[list[dict[str, Any]], Corpus]:
+    corpus = Corpus([document(0, TEXT)], lambda request: said)
+    return made_by(Rephrase("m", **fields), corpus), corpus
+
+
+def test_rephrased_sections_are_documents_and_questions_a_conversation() -> None:
+    made, corpus = rephrased(f"Here is a simplified version of the text:\n\n{SAID_AGAIN}", styles=("easy", "hard"))
+    assert [row["text"] for row in made] == [SAID_AGAIN] * 2 and corpus.told["made"] == 2
+    assert [json.loads(row["meta"])["style"] for row in made] == ["easy", "hard"] and made[0]["messages"] is None
+    assert json.loads(made[0]["meta"])["copied"] == 0 and made[0]["parents"] == [f"{0:032x}"]
+    asked, _ = rephrased(PAIRS, styles=("qa",))
+    turns = [(turn["role"], turn["content"]) for turn in asked[0]["messages"]]
+    assert asked[0]["text"] is None and turns == [
+        ("user", "Who built the mill?"), ("assistant", "Anna Weber did,\nin 1790."),
+        ("user", "What does it grind?"), ("assistant", "Rye."),
+    ]  # fmt: skip
+    as_text, _ = rephrased(PAIRS, styles=("qa",), qa_text=True)
+    assert as_text[0]["text"].endswith("\nQuestion: What does it grind?\nAnswer: Rye.")
+
+
+@pytest.mark.filterwarnings("ignore:Rephrase made no row")
+def test_copies_and_runaways_are_no_rephrasing() -> None:
+    halves = f"{TEXT[:150]} Else nothing at all is known of it, they say, nor of its owners."
+    cases: list[tuple[str | ChatAnswer, str, dict[str, Any]]] = [
+        (TEXT, "copied", {}), (halves, "copied", {}), ("A mill.", "too_short", {}),
+        ("new words " * 200, "too_long", {}),
+        ("", "empty", {}), (ChatAnswer(SAID_AGAIN, 1, 1, False), "cut", {}),
+        (SAID_AGAIN, "no_pairs", {"styles": ("qa",)}),
+        ("Answer: Rye.\nQuestion: What?", "no_pairs", {"styles": ("qa",)}),
+    ]  # fmt: skip
+    for said, reason, fields in cases:
+        made, corpus = rephrased(said, **fields)
+        assert made == [] and {**corpus.told["unparsed"], **corpus.told["refused"]} == {reason: 1}, said
+    assert copied_share("a b c d e f", "x a b c d e y") == 0.5 and copied_share("b c", "a b c") == 1
+    assert copied_share("c b", "a b c") == copied_share("", "a") == 0
+
+
+def test_a_limit_takes_the_same_sections_in_any_order() -> None:
+    rows = [document(n, f"{TEXT} It is number {n}.") for n in range(20)]
+    maker = Rephrase("m", styles=("easy", "medium"), limit=4)
+    made = made_by(maker, Corpus(rows, lambda request: SAID_AGAIN))
+    assert len(made) == 8 and made_by(maker, Corpus(rows[::-1], lambda request: SAID_AGAIN)) == made
+    by_style = [{row["parents"][0] for row in made if f'"style": "{style}"' in row["meta"]} for style in maker.styles]
+    assert by_style[0] != by_style[1]  # each style draws its own
+
+
+# ---- halves
+
+
+def test_halves_of_real_documents_are_the_documents(data: Path) -> None:
+    for name in DOCUMENTS:
+        said = real(data, name)[:150]
+        rows = [document(n, text) for n, text in enumerate(said)]
+        corpus = Corpus(rows, lambda request: None)  # type: ignore[arg-type,return-value]
+        made = made_by(NonInstructional(window=200_000), corpus)
+        told, read_in = corpus.facts["synthesis"], corpus.facts["documents"]
+        assert told["made"] == len(made) == told["asked"] - sum(told["refused"].values()) > 100
+        assert read_in["documents"] == len(rows) == told["asked"] + read_in["short_sections"]
+        assert read_in["characters"] + read_in["short_characters"] == sum(map(len, said))
+        for row in made:
+            text, place = said[int(row["parents"][0], 16)].strip(), json.loads(row["meta"])["border"]
+            first, second = (turn["content"] for turn in row["messages"])
+            assert first + second == text and len(first) == place
+            assert 0.25 * len(text) <= place <= 0.75 * len(text) and first[-1].isspace() and not second[0].isspace()
+
+
+def test_borders_lie_between_sentences_near_the_middle() -> None:
+    text = "One two three. Four five six. Seven eight nine. Ten eleven."
+    assert text[border(text) :] == "Seven eight nine. Ten eleven."
+    assert border("One sentence and no more.") is None and border(f"A. {'b' * 99}") is None
+
+
+@pytest.mark.filterwarnings("ignore:NonInstructional made no row")
+def test_a_model_continues_the_first_half() -> None:
+    def made(said: str, finished: bool = True) -> tuple[list[dict[str, Any]], Corpus]:
+        corpus = Corpus([document(0, TEXT)], lambda request: ChatAnswer(said, 1, 1, finished))
+        return made_by(NonInstructional("m", least=100), corpus), corpus
+
+    rows, corpus = made("It went on grinding. It never sto", finished=False)
+    first = TEXT[: border(TEXT)]
+    assert [turn["content"] for turn in rows[0]["messages"]] == [first, "It went on grinding."]
+    assert first.rstrip() in corpus.seen[0].messages[-1][1] and TEXT not in corpus.seen[0].messages[-1][1]
+    for said, finished, reason in [
+        ("It never sto", False, "no_sentence"),
+        (TEXT, True, "copied"),
+        (" ", True, "empty"),
+    ]:
+        rows, corpus = made(said, finished)
+        assert rows == [] and {**corpus.told["unparsed"], **corpus.told["refused"]} == {reason: 1}
+
+
+# ---- conversations
+
+
+def talk(position: int, *said: str, **more: Any) -> dict[str, Any]:
+    turns = [message(role, text) for role, text in zip(("user", "assistant") * len(said), said, strict=False)]
+    row: dict[str, Any] = dict.fromkeys(ROW.names) | {"source": "t", "position": position, "messages": turns} | more
+    return row | {"content_id": content_id(row), "row_id": f"{position:032x}"}
+
+
+def extended(says: list[str], *rows: dict[str, Any], **fields: Any) -> tuple[list[dict[str, Any]], Corpus]:
+    """Of one conversation: what user and assistant say by turns."""
+    told = iter(says)
+    corpus = Corpus(list(rows) or [talk(0, "What is a mill?", "A machine that grinds.")], lambda request: next(told))
+    return made_by(ExtendConversation("m", **fields), corpus), corpus
+
+
+def test_conversations_go_on_and_their_old_turns_stay() -> None:
+    spans = [{"field": "messages", "turn": 2, "start": 0, "end": 4, "weight": 0.5}]
+    turns = [
+        message("system", " Be brief. "),
+        message("user", "What is a mill?\n"),
+        message("assistant", " A machine. "),
+    ]
+    old = talk(0, messages=turns, spans=spans, tools="[]", meta='{"topic": "mills"}')
+    made, corpus = extended(["User: What drives it?", "Water.", "And where?", "At rivers."], old, user="u")
+    row = made[0]
+    assert row["messages"][:3] == turns and row["spans"] == spans and row["tools"] == "[]"
+    assert [turn["role"] for turn in row["messages"][3:]] == ["user", "assistant"] * 2
+    assert [turn["content"] for turn in row["messages"][3:]] == [
+        "What drives it?",
+        "Water.",
+        "And where?",
+        "At rivers.",
+    ]
+    assert row["parents"] == [old["row_id"]] and ExtendConversation.consumes == "extended"
+    meta = json.loads(row["meta"])
+    assert meta["topic"] == "mills" and meta["extended"] == 2 and len(meta["turns_made"]) == 4
+    assert len({one["seed"] for one in meta["turns_made"]}) == 4 and meta["turns_made"][0]["prompt"] == "extend_user"
+    to_user, to_model = corpus.seen[0].messages, corpus.seen[1].messages
+    assert [role for role, _ in to_user] == ["system", "user", "assistant", "user"]
+    assert to_user[2:] == (("assistant", "What is a mill?\n"), ("user", " A machine. "))  # roles exchanged, no system
+    assert to_model == (("system", " Be brief. "), *SAID_SO_FAR)
+    assert corpus.told["parsed"] == 4 and ExtendConversation("m", user="u").models == ("u",)
+
+
+SAID_SO_FAR = (("user", "What is a mill?\n"), ("assistant", " A machine. "), ("user", "What drives it?"))
+
+
+@pytest.mark.filterwarnings("ignore:ExtendConversation made no row")
+def test_conversations_end_cleanly() -> None:
+    cases = [
+        (["Thank you so much!"], "parting"), (["what is a  MILL?"], "repeats"), (["A machine that grinds."], "repeats"),
+        (["Assistant: Sure, here"], "plays_assistant"), ([""], "empty"), (["Who?", " "], "empty"),
+        (["Who?", "I'm sorry, but I can't help with that."], "refusal"),
+        (["Who?", "a machine that grinds."], "repeats_answer"),
+    ]  # fmt: skip
+    for says, reason in cases:
+        made, corpus = extended(says)
+        assert made == [] and {**corpus.told["unparsed"], **corpus.told["refused"]} == {reason: 1}, says
+        begun, corpus = extended(["Thanks, but who owns it?", "Anna Weber.", *says], turns=3)  # thanks and a question
+        assert len(begun[0]["messages"]) == 4 and begun[0]["messages"][-1]["content"] == "Anna Weber."
+        assert {**corpus.told["unparsed"], **corpus.told["refused"]} == {reason: 1}, says
+
+
+def test_only_plain_conversations_are_extended() -> None:
+    call = [message("user", "q"), message("assistant", None, tool_calls="[]")]
+    others = [
+        talk(1, "q"), talk(2, messages=call), talk(3, messages=[message("assistant", "a"), message("user", "q")]),
+        talk(4, "q", "a", chosen=[message("assistant", "b")]), talk(5, "q", " "), document(6, "text"),
+    ]  # fmt: skip
+    made, corpus = extended(["Go on?", "Yes."], *others, talk(0, "What is it?", "This."), turns=1)
+    assert len(made) == 1 and corpus.facts["not_extended"] == 6
+
+
+# ---- translation
+
+GERMAN = "Die Mühle steht seit vielen Jahren am Fluss und mahlt das Korn der Bauern aus dem Tal."
+SOURCE = "See `run()` at https://example.org/a_b (100%), {name}.\n\n```py\nprint('the mill')\n\nx = 1\n```\n\n1, 2, 3\n"
+
+
+def translated(said: Callable[[str], str], *rows: dict[str, Any], **fields: Any) -> tuple[list[dict[str, Any]], Corpus]:
+    corpus = Corpus(list(rows), lambda request: said(request.messages[-1][1].split("\n\n", 1)[1]))
+    return made_by(Translate("m", "German", "de", **fields), corpus), corpus
+
+
+def test_code_stays_and_pieces_come_back_in_place() -> None:
+    old = talk(0, SOURCE, "The mill stands by the river.", meta='{"a": 1}')
+
+    def say(text: str) -> str:
+        return text.replace("See", "Siehe") if "See" in text else GERMAN
+
+    made, corpus = translated(say, old)
+    first, second = made[0]["messages"]
+    assert first["content"] == SOURCE.replace("See", "Siehe") and second["content"] == GERMAN
+    assert all("print" not in request.messages[-1][1] for request in corpus.seen) and len(corpus.seen) == 2
+    assert made[0]["parents"] == [old["row_id"]] and json.loads(made[0]["meta"])["translated"] == {
+        "to": "de",
+        "pieces": 2,
+    }
+    assert Translate("m", "German", "de").consumes is None
+    assert Translate("m", "German", "de", replace=True).consumes == "translated"
+    answers, _ = translated(say, old, what=("assistant",))
+    assert answers[0]["messages"][0] == old["messages"][0]
+
+
+@pytest.mark.filterwarnings("ignore:Translate made no row")
+def test_what_a_translation_may_not_change() -> None:
+    spans = [{"field": "messages", "turn": 1, "start": 0, "end": 2, "weight": 0.0}]
+    english = "The mill has stood by the river for many years and grinds the corn of the farmers."
+    cases = [
+        ("Run `a` now", "Starte `b` nun", "code_changed"),
+        ("At http://a.b/c now", "Nun auf http://a.b/d", "url_changed"),
+        ("Hi {name}", "Hallo {Name}", "placeholder_changed"), ("It costs 1,000", "Es kostet 1.000", "number_changed"),
+        ("The mill is old", "Die Mühle ist 1 Mühle", "number_changed"), (english, english, "copied"),
+        ("The mill is old", english, "other_language"), ("The mill", " ", "empty"),
+        ("1, 2, 3", "", "nothing_to_translate"),
+    ]  # fmt: skip
+    for source, said, reason in cases:
+        made, corpus = translated(lambda text, said=said: said, document(0, source))  # type: ignore[misc]
+        told = {**corpus.told["unparsed"], **corpus.told["refused"]}
+        assert made == [] and told.pop("piece_missing", 1) == 1 and list(told) == [reason], source
+    made, corpus = translated(lambda text: GERMAN, talk(0, "A mill", "A machine", spans=spans))
+    assert made == [] and corpus.told["refused"] == {"spans": 1}
+    assert len(translated(lambda text: GERMAN, talk(0, "A mill", "A machine", spans=spans), what=("user",))[0]) == 1
+
+
+def test_real_documents_come_through_translation_unchanged_but_for_their_prose(data: Path) -> None:
+    for name in DOCUMENTS:
+        for text in real(data, name)[:30]:
+            pieces = translatable(text, 1500)
+            assert "".join(piece for piece, _ in pieces) == text
+            assert all(piece == piece.strip() and 0 < len(piece) <= 1500 for piece, sent in pieces if sent)
+            assert changed(text, text) is None
