@@ -117,8 +117,10 @@ def origin_lines(meta: str | None) -> list[str]:
         if prompt
         else "prompt: its parent's own words"
     )
-    sampling = ", ".join(f"{name} {value}" for name, value in sorted(made.get("sampling", {}).items()))
+    sampling = ", ".join(
+        f"{name} {value}" for name, value in sorted(made.get("sampling", {}).items()) if value is not False
+    )
     lines.append(f"sampling: {sampling}, seed {made.get('seed')}")
-    if "tokens" in made:
+    if made.get("tokens"):
         lines.append(f"{made['tokens']:,} tokens" + ("" if made.get("finished") else ", cut by max_tokens"))
     return lines
