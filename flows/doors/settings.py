@@ -93,7 +93,8 @@ class Serve:
     dtype, context, eager, memory, concurrency, max_lora_rank, adapters, seed: as for `vllm`; training has to find room
     beside `memory`. stay: false ends the server before a stage trains; it starts again when it is asked again. startup:
     seconds that it may take to answer. timeout, deadline, retries: as for `server`. port: by default a free one.
-    arguments: more of vLLM's own, such as [--quantization, fp8].
+    arguments: more of vLLM's own, such as [--quantization, fp8]. python: the interpreter of the environment that vLLM
+    is installed in, by default this one.
     """
 
     dtype: str = "auto"
@@ -111,6 +112,7 @@ class Serve:
     retries: int = 3
     port: int | None = None
     arguments: tuple[str, ...] = ()
+    python: str | None = None
 
     def __post_init__(self) -> None:
         check_engine(self)

@@ -63,19 +63,14 @@ _Reply = tuple[int, Any] | BaseException  # a place with vLLM's output, or with 
 class Engine:
     """A loaded base model. Ended by `close`, or when nothing holds it any more."""
 
-    def __init__(self, home: Path, settings: Vllm | None = None, *, lora: bool = True) -> None:
-        """home: the base model's folder. lora: whether adapters may be asked for. Raises HouseError where vLLM is not
-        installed or does not take the model, in its words."""
-        check_installed()
-        import torch
-
-        quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
-        for name, value in (quiet | ({} if torch.cuda.is_available() else ON_CPU)).items():
-            os.environ.setdefault(name, value)
+    def __init__(self, home: Path, settings: Vllm | None = None, *, lora: bool = True, llm: Any = None) -> None:
+        """home: the base model's folder. lora: whether adapters may be asked for. llm: what `load` loaded, if it is
+        loaded already; nobody else may ask it meanwhile. Raises HouseError where vLLM is not installed or does not take
+        the model, in its words."""
         self.home, self.settings, self.lora = home, settings or Vllm(), lora
         self.digest, self.tokenizer = model_digest(home), load_tokenizer(home)
         self._adapters: dict[str, Any] = {}
-        engine = _started(home, self.settings, lora)
+        engine = (load(home, self.settings, lora) if llm is None else llm).llm_engine
         self.context = int(engine.model_config.max_model_len)
         self._inbox: queue.SimpleQueue[_Job | _Drop | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=_pump, args=(engine, self._inbox), name="vllm", daemon=True)
@@ -138,8 +133,6 @@ class VllmChat:
         self, home: Path, adapter: Path | None = None, settings: Vllm | None = None, *, engine: Engine | None = None
     ) -> None:
         """home: the model's folder; adapter: of a LoRA adapter on it; engine: one that is loaded already, of `home`."""
-        if engine is None:
-            check_installed()
         if adapter is not None:
             _check_adapter(home, adapter)
         self.engine = engine or Engine(home, settings, lora=adapter is not None)
@@ -307,8 +300,14 @@ def _check_adapter(home: Path, adapter: Path) -> None:
 # ---- the engine
 
 
-def _started(home: Path, settings: Vllm, lora: bool) -> Any:
-    """vLLM's LLMEngine."""
+def load(home: Path, settings: Vllm, lora: bool) -> Any:
+    """A vllm.LLM. HouseError where vLLM is not installed or does not take the model, in its words."""
+    check_installed()
+    import torch
+
+    quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    for name, value in (quiet | ({} if torch.cuda.is_available() else ON_CPU)).items():
+        os.environ.setdefault(name, value)
     from vllm import LLM
 
     how: dict[str, Any] = {
@@ -324,7 +323,7 @@ def _started(home: Path, settings: Vllm, lora: bool) -> Any:
     if lora:
         how |= {"enable_lora": True, "max_lora_rank": settings.max_lora_rank, "max_loras": settings.adapters}
     try:
-        return LLM(model=str(home.resolve()), **how).llm_engine
+        return LLM(model=str(home.resolve()), **how)
     except (ValueError, RuntimeError) as error:
         raise HouseError(f"vLLM does not load {home}: {shortened(str(error))}") from error
 

@@ -54,7 +54,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> None:
         return [sys.executable, str(STUB), str(port), name, str(context)]
 
     monkeypatch.setattr(serving, "vllm_command", command)
-    monkeypatch.setattr(serving, "check_installed", lambda: None)
+    monkeypatch.setattr(serving, "check_installed", lambda python: None)
     monkeypatch.setattr(serving, "_modules", lambda named: [f"{name}={path}" for name, path in named])
     monkeypatch.setattr(serving.ServerChat, "_count", lambda self, request: 1)  # the model has no tokenizer
 
@@ -127,7 +127,7 @@ def test_a_server_ends_with_its_parent_however_that_dies(model: Path, tmp_path: 
         "import os, sys, signal, time; from pathlib import Path\n"
         "from gristmill.flows.doors import serving\n"
         f"stub = [sys.executable, {str(STUB)!r}]\n"
-        "serving.check_installed = lambda: None\n"
+        "serving.check_installed = lambda python: None\n"
         "serving.vllm_command = lambda home, name, port, settings: [*stub, str(port), name, '64']\n"
         f"serving.Serving(Path({str(model)!r}), log=Path({str(log)!r}))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -141,9 +141,12 @@ def test_without_vllm_it_is_said_what_to_install(model: Path, tmp_path: Path) ->
         pytest.skip("vLLM is installed here")
     from gristmill.flows.doors.vllm_engine import VllmChat
 
-    for start in (lambda: Serving(model, log=tmp_path / "log"), lambda: VllmChat(model)):
-        with pytest.raises(HouseError, match="pip install vllm"):
+    log, other = tmp_path / "log", Serve(python=sys.executable)
+    for start in (lambda: Serving(model, log=log), lambda: Serving(model, other, log=log), lambda: VllmChat(model)):
+        with pytest.raises(HouseError, match=f"vLLM is not installed in {sys.executable}.*pip install vllm"):
             start()
+    with pytest.raises(HouseError, match="`python: /no/python` of `serve` does not start"):
+        Serving(model, Serve(python="/no/python"), log=log)
     assert not (tmp_path / "log").exists()
 
 

@@ -184,15 +184,15 @@ def test_log_probabilities_are_the_model_s_own(door: Door, ours: Door) -> None:
 
 
 def test_options_are_told_by_their_first_tokens(door: Door, ours: Door) -> None:
-    options = ("T", "F")
+    options = ("The", ".")
     mixed = [*talk(options=options), *talk(options=options, logprobs=True), *talk(logprobs=True)]
-    found, own = answers(door.base, mixed), answers(ours.base, mixed)
+    found, own = answers(door.tuned, mixed), answers(ours.tuned, mixed)
     for a, b in zip(found, own, strict=True):
         assert (a.logprobs is None) == (b.logprobs is None)
         told = [(x, y) for x, y in zip(a.options or (), b.options or (), strict=False) if x > float("-inf")]
-        assert all(x == pytest.approx(y, abs=2e-3) for x, y in told)
-        assert a.options is None or door.serving is not None or len(told) == 2  # a server tells of the likeliest 20
-    assert any(a.options for a in found) and found[-1].options is None
+        assert all(x == pytest.approx(y, abs=5e-3) for x, y in told)
+        assert b.options is None or len(told) == 2 or door.serving is not None  # which tells of the likeliest 20
+    assert max(found[0].options or (-9.0,)) > -0.1 and found[-1].options is None
 
 
 def test_answers_come_before_the_last_is_done(door: Door) -> None:
