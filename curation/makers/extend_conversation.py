@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -53,8 +54,8 @@ class ExtendConversation:
     model: answers. user: plays the user; None: `model`. set_name: conversations of an earlier set, its split train;
     None: the live rows of this set. limit: conversations at most, the lowest by hash of (seed, row_id). Only rows with
     turns of system, user and assistant in alternation, ending with an answer and without calls of tools or a preference
-    are extended; the step's record counts the others (not_extended). user_tokens, max_tokens: of a user turn, of an
-    answer.
+    are extended; the step's record counts the others (not_extended), and conversations by the rounds that they got.
+    user_tokens, max_tokens: of a user turn, of an answer.
 
     A conversation ends early, and keeps the rounds that were completed: where the user's turn is a parting or thanks
     (parting), says an earlier turn again (repeats: at least `similarity` of the words of both are shared), speaks as
@@ -101,6 +102,8 @@ class ExtendConversation:
                 asked = self._user_turns(user, going, turn)
                 going = self._answers(session, asked, turn)
             made = [_row(session, talk) for talk in talks if talk.turns]
+            rounds = Counter(len(talk.turns) // 2 for talk in talks)
+            corpus.record(rounds={str(count): rounds[count] for count in sorted(rounds)})
         if made:
             yield table(made)
 

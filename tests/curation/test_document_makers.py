@@ -274,7 +274,10 @@ SAID_AGAIN = (
     "Next to the river is a mill that Anna Weber put up in 1790. Slow water moves it and rye becomes flour between"
     " heavy stones. Fire took the bank in 1850, yet spared the mill, and its flour is sold to this day."
 )
-PAIRS = "Sure:\n\n**Question 1:** Who built the mill?\n**Answer:** Anna Weber did,\nin 1790.\n\nQ: What does it grind?\nA: Rye.\nQ: Why?"
+PAIRS = (
+    "Sure:\n\n**Question 1:** Who built the mill?\n**Answer:** Anna Weber did,\nin 1790.\n\n"
+    "Q: What does it grind?\nA: Rye.\nQ: Why?"
+)
 
 
 def rephrased(said: str | ChatAnswer, **fields: Any) -> tuple[list[dict[str, Any]], Corpus]:
@@ -428,7 +431,8 @@ def test_conversations_end_cleanly() -> None:
         made, corpus = extended(says)
         assert made == [] and {**corpus.told["unparsed"], **corpus.told["refused"]} == {reason: 1}, says
         begun, corpus = extended(["Thanks, but who owns it?", "Anna Weber.", *says], turns=3)  # thanks and a question
-        assert len(begun[0]["messages"]) == 4 and begun[0]["messages"][-1]["content"] == "Anna Weber."
+        assert corpus.facts["rounds"] == {"1": 1} and len(begun[0]["messages"]) == 4
+        assert begun[0]["messages"][-1]["content"] == "Anna Weber."
         assert {**corpus.told["unparsed"], **corpus.told["refused"]} == {reason: 1}, says
 
 
