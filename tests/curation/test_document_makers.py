@@ -21,6 +21,7 @@ from gristmill.curation.rows import ROW, content_id, message, table
 from gristmill.curation.text.labelled import labelled
 from gristmill.curation.text.sections import paragraphs, sections
 from gristmill.curation.text.verbatim import changed, translatable
+from gristmill.curation.text.view import normal
 from gristmill.curation.text_tasks import TASKS, Exercise, exercise, options, read
 
 Say = Callable[[ChatRequest], str | ChatAnswer | ChatError]
@@ -241,6 +242,33 @@ def test_an_earlier_sets_held_out_documents_are_not_read() -> None:
     corpus = Corpus([document(0, TEXT)], lambda request: GOOD["qg"], test=[document(1, TEXT)])
     made = made_by(DocumentTasks("m", rows={"qg": 5}, set_name="docs"), corpus)
     assert [row["parents"] for row in made] == [[f"{0:032x}"]] and corpus.facts["documents"]["documents"] == 1
+
+
+def test_tasks_of_real_documents_speak_of_their_documents(data: Path) -> None:
+    said = [text for name in DOCUMENTS for text in real(data, name)[:40]]
+    rows = [document(n, text) for n, text in enumerate(said)]
+
+    def say(request: ChatRequest) -> str:
+        context, _, asked = request.messages[1][1].removeprefix("Text:\n").rpartition("\n\n")
+        line = max(context.split("\n"), key=len)
+        half = len(line) // 2
+        if "Beginning:" in asked:
+            return f"Beginning: {line[:half]}\nEnding: {line[half:]}"
+        return (
+            f"**Question**: What is said?\n\n**Answer**: {line}\n\n**Question**: And what else?\n**Answer**: Nothing."
+        )
+
+    maker = DocumentTasks("m", rows={"exqa": 30, "sent_comp": 30}, window=1500)
+    corpus = Corpus(rows, say)
+    made = made_by(maker, corpus)
+    told, read_in = corpus.told, corpus.facts["documents"]
+    assert told["parsed"] == told["made"] + sum(told["refused"].values()) and told["verified"] == told["made"] >= 50
+    assert read_in["characters"] + read_in["short_characters"] == sum(map(len, said)) and read_in["documents"] == 120
+    for row in made:
+        start, end = json.loads(row["meta"])["section"]
+        section = said[int(row["parents"][0], 16)][start:end]
+        assert normal(row["messages"][1]["content"]) in normal(section) and end - start <= 1500
+    assert made_by(maker, Corpus(rows[::-1], say)) == made
 
 
 def test_the_model_bonitos_own_form() -> None:
