@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
-from ..rows import Row, digest, made_row, message, table
+from ..rows import Row, digest, message
 from ..steps import Corpus
 from ..text.view import words
+from ..unfolding import unfolded
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,17 @@ class DocstringQuestions:
     def make(self, corpus: Corpus) -> Iterator[pa.Table]:
         """Tables of new rows, one for each part that gave any."""
         asked = self._asked(corpus)
-        position = 0
-        for part in corpus.tables(["row_id", "text", "meta"]):
-            made: list[Row] = []
-            for row in part.to_pylist():
-                document = read_document(row) if asked is None or row["row_id"] in asked else None
-                for form, question, answer in ask(document, self.max_words)[: self.questions] if document else ():
+
+        def contents(row: Row) -> Iterator[dict[str, Any]]:
+            document = read_document(row) if asked is None or row["row_id"] in asked else None
+            if document is not None:
+                for form, question, answer in ask(document, self.max_words)[: self.questions]:
+                    about = {"form": form, "qualified_name": document.name}
                     turns = [message("user", question), message("assistant", answer)]
-                    about = {"form": form, "qualified_name": document.name} if document else {}
-                    content = {"messages": turns, "meta": json.dumps(about)}
-                    made.append(made_row(repr(self), [row["row_id"]], position, "docstring_questions", **content))
-                    position += 1
-            if made:
-                yield table(made)
+                    yield {"messages": turns, "meta": json.dumps(about)}
+
+        wanted = "it wants documents with qualified_name, kind and module in meta, as the source docstrings:… has them"
+        return unfolded(self, corpus, contents, "docstring_questions", wanted, ["row_id", "text", "meta"])
 
     def _asked(self, corpus: Corpus) -> set[str] | None:
         """row_ids of the documents to ask about, None for all."""

@@ -10,8 +10,9 @@ import pyarrow as pa
 
 from ..folder import HouseError
 from ..preferring import list_pairs, of_length
-from ..rows import Row, made_row, message, table
+from ..rows import message
 from ..steps import Corpus
+from ..unfolding import unfolded
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,8 @@ class MessageTreeRanks:
 
     def make(self, corpus: Corpus) -> Iterator[pa.Table]:
         """Tables of new rows, one for each part that gave any."""
-        position = 0
-        for part in corpus.tables():
-            made: list[Row] = []
-            for row in part.to_pylist():
-                for content in self._contents(row):
-                    made.append(made_row(repr(self), [row["row_id"]], position, "message_tree_ranks", **content))
-                    position += 1
-            if made:
-                yield table(made)
+        wanted = "it wants ranked replies in meta, as a source read with `shape: tree_preference` has them"
+        return unfolded(self, corpus, self._contents, "message_tree_ranks", wanted)
 
     def _contents(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         meta = json.loads(row["meta"] or "{}")

@@ -11,10 +11,11 @@ import pyarrow as pa
 from ..door import Sampling
 from ..folder import HouseError
 from ..preferring import heard
-from ..rows import Row, made_row, message, table
+from ..rows import Row, message, table
 from ..steps import Corpus
 from ..synthesis import Ask, Session, asking, prompt
 from ..text.sentences import sentences
+from ..unfolding import unfolded
 
 Labels = Sequence[bool]
 """Of each sentence of an answer, whether it is right."""
@@ -120,16 +121,13 @@ class MarkedErrors:
 
     def make(self, corpus: Corpus) -> Iterator[pa.Table]:
         """Tables of new rows, one for each part that gave any."""
-        position = 0
-        for part in corpus.tables():
-            made = []
-            for row in part.to_pylist():
-                content = self._content(row)
-                if content is not None:
-                    made.append(made_row(repr(self), [row["row_id"]], position, "marked_errors", **content))
-                    position += 1
-            if made:
-                yield table(made)
+        wanted = f"it wants marked errors in meta, under {self.errors!r}, and a correction under {self.corrected!r}"
+        return unfolded(self, corpus, self._contents, "marked_errors", wanted)
+
+    def _contents(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        content = self._content(row)
+        if content is not None:
+            yield content
 
     def _content(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
         turns = list(row["messages"] or ())

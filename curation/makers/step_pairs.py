@@ -24,10 +24,11 @@ from ..preferring import (
     samples,
     usable,
 )
-from ..rows import Row, made_row, message, table
+from ..rows import Row, message, table
 from ..steps import Corpus
 from ..synthesis import Ask, Session, asking, prompt
 from ..text.sentences import steps
+from ..unfolding import unfolded
 from ..verifying import Verifier
 
 
@@ -230,17 +231,13 @@ class StatedSteps:
 
     def make(self, corpus: Corpus) -> Iterator[pa.Table]:
         """Tables of new rows, one for each part that gave any."""
-        position = 0
-        for part in corpus.tables():
-            made = []
-            for row in part.to_pylist():
-                sides = self._sides(row)
-                if sides is not None:
-                    content = {"messages": row["messages"], "tools": row["tools"], "meta": row["meta"], **sides}
-                    made.append(made_row(repr(self), [row["row_id"]], position, "stated_steps", **content))
-                    position += 1
-            if made:
-                yield table(made)
+        wanted = f"it wants the steps before chosen and rejected as a text in meta, under {self.prefix!r}"
+        return unfolded(self, corpus, self._contents, "stated_steps", wanted)
+
+    def _contents(self, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        sides = self._sides(row)
+        if sides is not None:
+            yield {"messages": row["messages"], "tools": row["tools"], "meta": row["meta"], **sides}
 
     def _sides(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
         meta = json.loads(row["meta"] or "{}")

@@ -49,6 +49,7 @@ class Rows:
     def __init__(self, rows: list[dict[str, Any]], part: int = 1000, tools: Any = None) -> None:
         self.all, self.part, self.tools, self.seen = rows, part, tools, [(0, 0)]
         self.facts: dict[str, Any] = {}
+        self.rows = len(rows)
 
     def record(self, **facts: Any) -> None:
         self.facts |= facts
@@ -152,7 +153,8 @@ def test_a_limit_takes_the_same_documents_in_any_order() -> None:
     first = {row["parents"][0] for row in made_by(DocstringQuestions(limit=7), Rows(documents))}
     assert len(first) == 7
     assert {row["parents"][0] for row in made_by(DocstringQuestions(limit=7), Rows(documents[::-1], 4))} == first
-    assert made_by(DocstringQuestions(limit=0), Rows(documents)) == []
+    with pytest.warns(UserWarning, match=r"DocstringQuestions made no row of 30: it wants documents"):
+        assert made_by(DocstringQuestions(limit=0), Rows(documents)) == []
 
 
 class Chat:
