@@ -1,4 +1,4 @@
-"""Measures that read files of the user's: the digest of those files is part of what their values are."""
+"""Steps that read files of the user's: the digest of those files is part of what a measure's values are."""
 
 import hashlib
 from collections.abc import Iterable
@@ -28,6 +28,16 @@ def files_inputs(paths: Iterable[str]) -> str:
         except OSError as error:
             raise HouseError(f"cannot read {path}: {error.strerror}") from error
     return digest(*pieces)
+
+
+def read_text(path: str) -> str:
+    """A file of the user's as text."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise HouseError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise HouseError(f"{path} is not text in UTF-8: {error}") from error
 
 
 @lru_cache(maxsize=256)
