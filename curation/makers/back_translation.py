@@ -10,12 +10,12 @@ import pyarrow as pa
 from ..door import ChatAnswer, Sampling
 from ..folder import HouseError
 from ..instructing import Instruction, Seed, drawn, seeds
-from ..listing import lone_instruction
 from ..measures.judge_scores import rating
 from ..preferring import heard
 from ..rows import Row, digest, message, table
 from ..steps import Corpus
 from ..synthesis import Ask, Session, asking, prompt
+from ..text.outlines import lone_instruction
 from ..text.view import normal, words
 
 FORMS = {

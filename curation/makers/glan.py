@@ -1,9 +1,7 @@
 """A maker of instructions out of a taxonomy of what can be known, and nothing else."""
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
@@ -11,12 +9,14 @@ import pyarrow as pa
 from ..asking import seed_of
 from ..door import Sampling
 from ..folder import HouseError
-from ..inputs import files_inputs, read_text
+from ..inputs import files_inputs
 from ..instructing import answers, drawn, instruction_row
-from ..listing import listings, lone_instructions, names, outline
+from ..listing import listings, lone_instructions
 from ..rows import digest, table
 from ..steps import Corpus
 from ..synthesis import Ask, Session, asking, prompt
+from ..taxonomy import Place, distinct_places, places_of_rows, read_taxonomy
+from ..text.outlines import names, outline
 from ..text.view import normal
 
 MOST_CONCEPTS = 5  # of one question
@@ -39,8 +39,8 @@ class Glan:
     questions: of each subject; `two_sessions` is the share of those on two sessions. A single session gives one to five
     concepts, two together two to five, of each at least one; no subject has the same concepts twice. temperature,
     top_p: of lists and questions; answer_temperature: of answers; max_tokens: of questions and answers; list_tokens: of
-    lists. meta: path (of the discipline), discipline, subject, level, sessions, concepts. The step's record: `taxonomy`
-    with the number of subjects and questions of each discipline.
+    lists. meta: path (of the discipline), discipline, subject, details (its level and subtopics), sessions, concepts.
+    The step's record: `taxonomy` with the number of subjects and questions of each discipline.
 
     Such rows come from nothing and have no parents, but for disciplines out of `column`: one row of that value, which
     stays. The prompts are ours, and lists are read as they are written where the authors have GPT-4 bring them into
@@ -101,22 +101,22 @@ class Glan:
             if rows:
                 yield table(rows)
 
-    def _ask(self, name: str, about: Any, place: "_Place | None" = None, *key: object, **values: object) -> Ask:
+    def _ask(self, name: str, about: Any, place: Place | None = None, *key: object, **values: object) -> Ask:
         form = prompt(name)
         tokens = self.max_tokens if name == "glan_question" else self.list_tokens
         sampling = Sampling(self.temperature, self.top_p, tokens)
         parents = place.parents if place is not None else ()
         return asking(form, form.turns(**values), sampling, (name, self.seed, *key, *values.values()), parents, about)
 
-    def _disciplines(self, session: Session) -> list["_Place"]:
+    def _disciplines(self, session: Session) -> list[Place]:
         if self.disciplines:
-            return distinct_places(_Place((name,)) for name in self.disciplines)
+            return distinct_places(Place((name,)) for name in self.disciplines)
         if self.taxonomy is not None:
             session.corpus.record(inputs=files_inputs([self.taxonomy]))
             return read_taxonomy(self.taxonomy)
         if self.column is not None:
-            return _of_rows(session.corpus, self.column, self.seed)
-        asks = [self._ask("glan_fields", _Place(()), count=self.fields)]
+            return places_of_rows(session.corpus, self.column, self.seed)
+        asks = [self._ask("glan_fields", Place(()), count=self.fields)]
         places = self._parts(session, asks, self.fields)
         for parts in ("parts", "disciplines that one can study"):
             asks = [
@@ -126,14 +126,14 @@ class Glan:
             places = self._parts(session, asks, self.parts)
         return places
 
-    def _parts(self, session: Session, asks: list[Ask], most: int) -> list["_Place"]:
+    def _parts(self, session: Session, asks: list[Ask], most: int) -> list[Place]:
         found = listings(session, asks, names, "no_disciplines")
-        return distinct_places(_Place((*ask.about.path, name)) for ask, told in found for name in told[:most])
+        return distinct_places(Place((*ask.about.path, name)) for ask, told in found for name in told[:most])
 
-    def _subjects(self, session: Session, places: list["_Place"]) -> list["_Subject"]:
+    def _subjects(self, session: Session, places: list[Place]) -> list["_Subject"]:
         """Subjects of each discipline, each once; one that several disciplines have stays in all of them."""
         asks = [
-            self._ask("glan_subjects", one, one, one.path, draw, discipline=one.name, count=self.subjects)
+            self._ask("glan_subjects", one, one, *one.path, draw, discipline=one.name, count=self.subjects)
             for one in places
             for draw in range(self.lists)
         ]
@@ -152,7 +152,7 @@ class Glan:
                 "glan_syllabus",
                 one,
                 one.place,
-                one.place.path,
+                *one.place.path,
                 discipline=one.place.name,
                 subject=one.name,
                 details=f"What belongs to it: {one.details}" if one.details else "",
@@ -174,7 +174,7 @@ class Glan:
             taken.add(chosen)
             titles, concepts = chosen
             about = {"path": list(one.place.path), "discipline": one.place.name, "subject": one.name}
-            about |= {"level": one.details, "sessions": list(titles), "concepts": list(concepts)}
+            about |= {"details": one.details, "sessions": list(titles), "concepts": list(concepts)}
             yield self._ask(
                 "glan_question",
                 about,
@@ -194,20 +194,8 @@ Session_ = tuple[str, tuple[str, ...]]  # the title of a class session, and its 
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A node of the taxonomy: its name after those of the nodes above it."""
-
-    path: tuple[str, ...]
-    parents: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return self.path[-1]
-
-
-@dataclass(frozen=True)
 class _Subject:
-    place: _Place
+    place: Place
     name: str
     details: str
     sessions: tuple[Session_, ...] = ()
@@ -240,59 +228,7 @@ def sample_concepts(
     return tuple(sessions[place][0] for place in places), tuple(every[place][1] for place in chosen)
 
 
-def distinct_places(found: Iterable[_Place]) -> list[_Place]:
-    """The first place of each path, compared without case and spaces."""
-    first: dict[tuple[str, ...], _Place] = {}
-    for one in found:
-        first.setdefault(tuple(map(normal, one.path)), one)
-    return list(first.values())
-
-
-def read_taxonomy(path: str) -> list[_Place]:
-    """Disciplines of a file: the leaves of nested YAML or JSON, or lines of the form `Field > Part > Discipline`."""
-    text = read_text(path)
-    if Path(path).suffix in (".yaml", ".yml", ".json"):
-        import yaml
-
-        try:
-            paths = list(_leaves(yaml.safe_load(text), ()))
-        except yaml.YAMLError as error:
-            raise HouseError(f"{path} is no YAML: {error}") from error
-    else:
-        lines = (line.split("#")[0] for line in text.split("\n"))
-        split = (tuple(piece.strip() for piece in line.split(">")) for line in lines if line.strip())
-        paths = [tuple(piece for piece in pieces if piece) for pieces in split]
-    found = distinct_places(_Place(one) for one in paths if one)
-    if not found:
-        raise HouseError(f"{path} names no discipline: write one a line, or nested lists in YAML")
-    return found
-
-
-def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    if isinstance(value, dict):
-        for name, below in value.items():
-            yield from _leaves(below, (*path, str(name)))
-    elif isinstance(value, list):
-        for one in value:
-            yield from _leaves(one, path)
-    else:
-        yield path if value is None else (*path, str(value))
-
-
-def _of_rows(corpus: Corpus, column: str, seed: int) -> list[_Place]:
-    """The values of `column` in meta, each with the row that stands for it: the lowest by a hash."""
-    first: dict[str, tuple[str, str, str]] = {}
-    for part in corpus.tables(["row_id", "meta"]):
-        for row in part.to_pylist():
-            meta = json.loads(row["meta"] or "{}")
-            value = meta.get(column) if isinstance(meta, dict) else None
-            if isinstance(value, str) and value.strip():
-                stands = (digest(str(seed), row["row_id"]), row["row_id"], value.strip())
-                first[normal(value)] = min(stands, first.get(normal(value), stands))
-    return [_Place((value,), (row_id,)) for _, (_, row_id, value) in sorted(first.items())]
-
-
-def _told(places: list[_Place], subjects: list[_Subject], asks: list[Ask]) -> dict[str, dict[str, int]]:
+def _told(places: list[Place], subjects: list[_Subject], asks: list[Ask]) -> dict[str, dict[str, int]]:
     """Subjects and questions of each discipline, as the step's record says them."""
     counts = {" > ".join(one.path): {"subjects": 0, "questions": 0} for one in places}
     for subject in subjects:

@@ -14,11 +14,12 @@ from ..asking import seed_of
 from ..door import Sampling
 from ..folder import HouseError
 from ..instructing import Instruction, instruction_row, seeds
-from ..listing import distinct_names, listings, lone_instructions, name_key, names, outline
+from ..listing import listings, lone_instructions
 from ..preferring import usable
 from ..rows import Row, digest, table
 from ..steps import Corpus
 from ..synthesis import Ask, Session, asking, prompt
+from ..text.outlines import distinct_names, name_key, names, outline
 
 QUERY_TYPES = (
     "asking for information",

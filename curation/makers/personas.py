@@ -11,10 +11,11 @@ from ..door import Sampling
 from ..folder import HouseError
 from ..inputs import files_inputs, read_text
 from ..instructing import answers, drawn, instruction_row
-from ..listing import bare, listings, lone_instructions, outline
+from ..listing import listings, lone_instructions
 from ..rows import ROW, digest, table
 from ..steps import Corpus
 from ..synthesis import Ask, Session, asking, prompt
+from ..text.outlines import bare, outline
 from ..text.view import VIEW_COLUMNS, normal, view
 
 TASKS = ("instruction", "maths", "reasoning", "code")

@@ -13,13 +13,13 @@ import pytest
 
 from gristmill.curation.door import ChatAnswer, ChatError, ChatRequest
 from gristmill.curation.folder import HouseError
-from gristmill.curation.listing import lone_instruction, name_key, names
 from gristmill.curation.makers.back_translation import BackTranslation
 from gristmill.curation.makers.glan import Glan, parse_syllabus, sample_concepts
 from gristmill.curation.makers.instruct_skill_mix import InstructSkillMix, by_key, mixes
 from gristmill.curation.makers.personas import Personas, parse_persona, parse_personas, read_personas
 from gristmill.curation.rows import ROW, content_id, message, table
 from gristmill.curation.synthesis import prompt
+from gristmill.curation.text.outlines import lone_instruction, name_key, names
 
 Answer = Callable[[str, str, ChatRequest], str | ChatAnswer | ChatError]
 
@@ -368,7 +368,7 @@ def test_glan_goes_from_disciplines_to_answered_questions(tmp_path: Path) -> Non
         assert (
             row["parents"] == [] and about["path"] == [about["discipline"]] and about["subject"] in ("Basics", "Depths")
         )
-        assert about["level"] == ("introductory; a; b" if about["subject"] == "Basics" else "")
+        assert about["details"] == ("introductory; a; b" if about["subject"] == "Basics" else "")
         assert set(about["concepts"]) <= {"c1", "c2", "c3", "c4", "c5", "c6", "d1", "d2"}
         assert ("Second" in about["sessions"]) == any(one.startswith("d") for one in about["concepts"])
         assert about["made"]["model"] == "other" and about["instruction_made"]["model"] == "scripted"
