@@ -176,19 +176,15 @@ class Workshop:
     def kept(self, key: str, make: Any) -> Any:
         """What `make` makes, until another is asked for: one loaded model at a time."""
         if self.loaded is None or self.loaded[0] != key:
-            self.unload()  # the one before may go before the next is loaded
+            self.loaded = None  # the one before may go before the next is loaded
             self.loaded = (key, make())
         return self.loaded[1]
 
-    def unload(self) -> None:
-        """Lets the loaded model go; an engine with processes of its own is ended."""
+    def close(self) -> None:
+        """Ends what runs beside this process: engines and servers."""
         before, self.loaded = self.loaded, None
         if before is not None and hasattr(before[1], "close"):
             before[1].close()
-
-    def close(self) -> None:
-        """Ends what runs beside this process: engines and servers."""
-        self.unload()
         self.doors.close()
 
     def digest(self, model: str) -> str:

@@ -61,7 +61,7 @@ _Reply = tuple[int, Any] | BaseException  # a place with vLLM's output, or with 
 
 
 class Engine:
-    """A loaded base model. Ended by `close`, or when nothing holds it any more."""
+    """A loaded base model. Ended by `close`, or when nobody holds it and nobody is being answered any more."""
 
     def __init__(self, home: Path, settings: Vllm | None = None, *, lora: bool = True, llm: Any = None) -> None:
         """home: the base model's folder. lora: whether adapters may be asked for. llm: what `load` loaded, if it is
