@@ -232,7 +232,7 @@ def why(folder: FOLDER, row_id: Annotated[str, typer.Argument(help="A row_id, or
 
 @app.command()
 def sql(folder: FOLDER, query: Annotated[str, typer.Argument(help='Such as "select * from funnel".')]) -> None:
-    """One read-only SELECT over the views rows, verdicts, measures, curated, quarantine, funnel, runs."""
+    """One read-only SELECT over the views rows, verdicts, measures, makers, curated, quarantine, funnel, runs."""
     from ..curation.look import print_query
 
     print_query(_run_folder(folder), query)
