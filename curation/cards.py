@@ -34,7 +34,9 @@ def card(manifest: Mapping[str, Any], language: str | None = None) -> str:
 
     language: a code such as "en", where it is known; curation does not guess it."""
     head = yaml.safe_dump(front_matter(manifest, language), sort_keys=False, allow_unicode=True, width=1000)
-    parts = [_about(manifest), _sources(manifest), _funnel(manifest)]
+    parts = [_about(manifest), _sources(manifest)]
+    parts += [_models(manifest)] if manifest.get("models") else []
+    parts += [_funnel(manifest)]
     parts += [_audits(manifest)] if manifest.get("audits") else []
     parts += [_loading(manifest), _making(manifest), _limitations(manifest)]
     return f"---\n{head}---\n\n" + "\n\n".join(parts) + "\n"
@@ -89,9 +91,11 @@ def _about(manifest: Mapping[str, Any]) -> str:
         if splits.get("test")
         else ""
     )
+    loop = f" It is the work of round {manifest['round']} of a loop." if manifest.get("round") else ""
     return (
         f"# {_cell(manifest['name'])}\n\nA curated set of {what} for tuning language models: {counts}.\n"
-        f"Columns: {columns} and `row_id`, which names the row in the ledger of the run that made this set.{held_out}"
+        f"Columns: {columns} and `row_id`, which names the row in the ledger of the run that made this set."
+        f"{loop}{held_out}"
     )
 
 
@@ -102,6 +106,18 @@ def _sources(manifest: Mapping[str, Any]) -> str:
         for s in manifest["sources"]
     ]
     return head + "\n".join(lines) + "\n\nEach source keeps its own licence; a row is under the licence of its source."
+
+
+def _models(manifest: Mapping[str, Any]) -> str:
+    """Whose answers the rows are."""
+    head = "## Models that made rows\n\n| maker | model | what it is | digest |\n|---|---|---|---|\n"
+    lines = []
+    for one in manifest["models"]:
+        base, number = one.get("base"), one.get("round")
+        what = "as it came" if base is None else f"`{_cell(base)}` after the stage of that name"
+        what += f", round {number}" if number else ""
+        lines.append(f"| {_cell(one['maker'])} | `{_cell(one['model'])}` | {what} | `{_cell(one['digest'])}` |")
+    return head + "\n".join(lines)
 
 
 def _funnel(manifest: Mapping[str, Any]) -> str:
@@ -180,4 +196,6 @@ def _limitations(manifest: Mapping[str, Any]) -> str:
         lines.append(
             f"- {made:,} rows were made by the makers above, not written by people, before later steps judged."
         )
+    said = dict.fromkeys(one["caution"] for one in manifest.get("models", ()) if one.get("caution"))
+    lines += [f"- {_cell(one)}." for one in said]
     return "## Limitations\n\n" + "\n".join(lines)

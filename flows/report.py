@@ -7,7 +7,7 @@ every script and every request. Equal folders give equal bytes.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def write_report(folder: RunFolder) -> Path:
     with connect(folder) as con:
         content = {
             "head": _head(folder, found),
-            "funnel": _funnel(found, colours),
+            "funnel": _funnel(folder, found, colours),
             "faults": found.faults,
             "conserved": conserved(found),
             "sources": found.sources,
@@ -115,7 +115,7 @@ def _colours(found: Funnel) -> dict[str, int]:
     return {"held_out": 0} | {reason: min(place, COLOURS) for place, reason in enumerate(ranked, 1)}
 
 
-def _funnel(found: Funnel, colours: Mapping[str, int]) -> list[Json]:
+def _funnel(folder: RunFolder, found: Funnel, colours: Mapping[str, int]) -> list[Json]:
     sets = []
     for one in found.sets:
         widest = max([step["came"] + step["made"] for step in one.steps], default=0) or 1
@@ -127,9 +127,21 @@ def _funnel(found: Funnel, colours: Mapping[str, int]) -> list[Json]:
             ]
             drawn.append({**step, "drops": reasons, "share": 100 * step["kept"] / widest})
         sets.append(
-            {"name": one.name, "kind": one.kind, "steps": drawn, "curated": one.curated, "planned": one.planned}
-        )
+            {"name": one.name, "kind": one.kind, "steps": drawn, "curated": one.curated, "planned": one.planned,
+             "about": list(_about(folder, one.name))}
+        )  # fmt: skip
     return sets
+
+
+def _about(folder: RunFolder, name: str) -> Iterator[str]:
+    """Which round of a loop made a set, by which models' answers, and what is to be expected of them."""
+    path = folder.curated(name) / "manifest.json"
+    manifest = read_json(path) if path.is_file() else {}
+    if manifest.get("round"):
+        yield f"Round {manifest['round']} of a loop."
+    for one in manifest.get("models", ()):
+        yield f"{one['maker']} asked {one['model']} ({one['digest']})."
+    yield from dict.fromkeys(f"{one['caution']}." for one in manifest.get("models", ()) if one.get("caution"))
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------

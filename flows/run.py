@@ -25,7 +25,7 @@ from .models import Workshop, set_plan
 from .progress import Bar, Done, Silent, interrupts_wait, timed
 from .recipe import Curate, Recipe, Source, Train, check, digest, dump
 from .server import prefect_environment, prefect_server
-from .stages import Evaluate, cautions, models_of, steps_of
+from .stages import Evaluate, answering, cautions, made_on_the_spot, models_of, steps_of
 
 Parts = Literal["all", "curate"]
 FILES = {".parquet", ".jsonl", ".json", ".csv", ".tsv", ".arrow", ".gz", ".zst"}  # what else a path says is no file's
@@ -177,6 +177,22 @@ def release_info(recipe: Recipe, started: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def authors(recipe: Recipe, stage: Curate, shop: Workshop) -> dict[str, Any]:
+    """What a set's manifest says of the models whose answers it holds, and of the round that made it."""
+    asked = [(step, name) for step in stage.steps if step.scope == "maker" for name in answering(step)]
+    found = []
+    for step, name in asked:
+        trained = recipe.trained().get(name)
+        said: dict[str, Any] = {"maker": type(step).__name__, "model": name, "digest": shop.digest(name)}
+        if trained is not None:
+            said |= {"base": trained.model, "round": trained.round}
+        if caution := made_on_the_spot(recipe, name):
+            said |= {"caution": caution}
+        found.append(said)
+    told: dict[str, Any] = {} if stage.round is None else {"round": stage.round}
+    return told | {"models": found} if found else told
+
+
 def finished(recipe: Recipe, folder: RunFolder, parts: Parts) -> bool:
     """Whether run.json says that this recipe is done here, and everything that it lists still stands."""
     path = folder.root / "run.json"
@@ -301,7 +317,7 @@ def _curate_jobs(
     def shards(progress: Progress) -> Done:
         path = folder.curated(stage.set) / "manifest.json"
         before = path.stat().st_mtime_ns if path.is_file() else None
-        manifest = finish(folder, plan, release)
+        manifest = finish(folder, plan, release | authors(recipe, stage, shop))
         cached = path.stat().st_mtime_ns == before
         test = sum(file["rows"] for file in manifest["files"] if file["split"] == "test")
         return Done(f"{manifest['rows']:,} rows, {test:,} held out -> {folder.curated(stage.set)}", cached)

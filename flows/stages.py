@@ -171,6 +171,25 @@ def cautions(recipe: Recipe) -> Iterator[str]:
                 " `Decontaminate: {sets: {gsm8k: PATH}}`."
             )
 
+    for name, stage in recipe.sets().items():
+        poor = [said for model in _authors(stage) if stage.kind == "sft" and (said := made_on_the_spot(recipe, model))]
+        if poor:
+            yield f"set {name}: {poor[0]}. It shows the machinery; for rows to use, ask a model with a `path`."
+
+
+def _authors(stage: Curate) -> list[str]:
+    """Models whose answers the makers of a set turn into rows."""
+    return [model for step in stage.steps if step.scope == "maker" for model in answering(step)]
+
+
+def made_on_the_spot(recipe: Recipe, name: str) -> str | None:
+    """What is to be expected of a model or stage that stands on a new model; None of any other."""
+    base = recipe.trained()[name].model if name in recipe.trained() else name
+    new = recipe.models[base].new if base in recipe.models else None
+    if new is None:
+        return None
+    return f"{name} stands on a model of {new.params} parameters made on the spot: it writes in form, with little sense"
+
 
 def _open_to_evaluation_sets(recipe: Recipe) -> list[str]:
     """Sets that a stage trains on, and that have no Decontaminate after their last maker."""

@@ -1,9 +1,18 @@
 """`rounds`: one block becomes ordinary stages, and what they call each other is what a user would expect."""
 
-import pytest
+import json
+from pathlib import Path
 
-from gristmill.curation.folder import HouseError
+import pytest
+from typer.testing import CliRunner
+
+from gristmill.curation.folder import HouseError, RunFolder, read_json
+from gristmill.flows.cli import app
+from gristmill.flows.deciding import decide
+from gristmill.flows.models import Workshop
+from gristmill.flows.progress import Done, Silent
 from gristmill.flows.recipe import Curate, Evaluate, Recipe, Train, digest, dump, load_text
+from gristmill.flows.run import Job, plainly, run
 
 TEXT = """\
 name: loop
@@ -161,3 +170,113 @@ def test_what_is_wrong_is_shown_where_it_stands(old: str, new: str, message: str
 def test_rounds_that_train_nothing_are_refused() -> None:
     text = TEXT[: TEXT.index("        - sft:")]
     assert "loop.yaml:8: rounds without a stage that trains (sft, dpo, kto) repeat nothing" in wrong(text=text)
+
+
+LOOP = """\
+name: loop
+decontaminate: []
+sources:
+  chats: {path: "CHATS", licence: MIT}
+models:
+  base:
+    new: {params: 300K, vocab: 400, context: 256, tokens: 2000}
+    corpus: clean
+    licence: MIT
+stages:
+  - curate: {set: clean, sources: [chats], held_out: 0.1, steps: [ResponseLength: {low: 1, high: 500}, ExactDuplicate]}
+  - sft: {set: clean, model: base, max_steps: 2, TRAINING}
+  - rounds:
+      count: 2
+      stages:
+        - curate:
+            set: pairs
+            kind: preference
+            held_out: 0
+            steps:
+              - OnPolicyPreference:
+                  model: previous
+                  set_name: clean
+                  verifier: {Matches: {pattern: "a"}}
+                  prompts: 10
+                  test_prompts: 0
+                  answers: 6
+                  max_tokens: 32
+                  seed: ${round}
+              - EqualAnswers
+        - dpo: {set: pairs, model: base, start: previous, max_steps: 2, TRAINING}
+  - evaluate: {models: [base, sft, dpo], sets: [clean]}
+""".replace("TRAINING", "capacity: 256, packs_per_step: 2, learning_rate: 1e-2, threads: 1, lora: {rank: 4}")
+
+Looped = tuple[Recipe, RunFolder, list[str], list[str]]
+
+
+@pytest.fixture(scope="module")
+def looped(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Looped:
+    """A loop that was stopped in its second round and then went on: recipe, folder, the jobs of both starts."""
+    recipe = load_text(LOOP.replace("CHATS", str(shared / "chats.jsonl")))
+    out = tmp_path_factory.mktemp("loop") / "out"
+    first: list[str] = []
+
+    def until_round_two(job: Job, show: Silent) -> Done:
+        first.append(job.name)
+        if job.name == "train dpo-2":
+            raise KeyboardInterrupt
+        return plainly(job, show)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, out, cache=shared / "cache", each=until_round_two)
+    second = Silent()
+    run(recipe, out, cache=shared / "cache", show=second)
+    return recipe, RunFolder(out, shared / "cache"), first, second.done
+
+
+def test_a_loop_goes_on_where_it_stopped(looped: Looped) -> None:
+    recipe, folder, first, _ = looped
+    assert first.index("train dpo-1") < first.index("pairs-2 01-OnPolicyPreference") < first.index("train dpo-2")
+    spent = read_json(folder.root / "spend.json")["starts"]
+    asked = [start["models"] for start in spent]
+    assert len(asked) == 1 and set(asked[0]) == {"sft", "dpo-1"}  # the second start found every answer and row made
+    assert run(recipe, folder.root, cache=folder.measures.parent).cached
+    assert {row["model"] for row in read_json(folder.root / "evaluation.json")["rows"]} == {
+        "base",
+        "sft",
+        "dpo-1",
+        "dpo-2",
+    }
+
+
+def test_rows_of_a_round_name_the_adapter_that_made_them(looped: Looped) -> None:
+    recipe, folder, _, _ = looped
+    shop = Workshop(recipe, folder)
+    for number, model in ((1, "sft"), (2, "dpo-1")):
+        rows = [row for part in shop.curated(f"pairs-{number}", "train") for row in part.to_pylist()]
+        assert rows
+        for row in rows:
+            made = json.loads(row["meta"])["made"]
+            assert (made["model"], made["model_digest"]) == (model, shop.digest(model))
+    digests = {shop.digest(name) for name in ("base", "sft", "dpo-1", "dpo-2")}
+    assert len(digests) == 4
+
+
+def test_each_round_is_a_release_with_its_own_card(looped: Looped) -> None:
+    recipe, folder, _, _ = looped
+    shop = Workshop(recipe, folder)
+    for number, model, told in ((1, "sft", "`base` after the stage of that name"), (2, "dpo-1", ", round 1 |")):
+        home = folder.curated(f"pairs-{number}")
+        manifest = read_json(home / "manifest.json")
+        (author,) = manifest["models"]
+        assert manifest["round"] == number and author["model"] == model and author["digest"] == shop.digest(model)
+        card = (home / "README.md").read_text()
+        assert f"round {number} of a loop" in card and told in card and f"`{shop.digest(model)}`" in card
+        assert "of 300K parameters made on the spot" in card
+    report = folder.report.read_text()
+    assert "Round 2 of a loop." in report and f"OnPolicyPreference asked dpo-1 ({shop.digest('dpo-1')})." in report
+
+
+def test_decide_and_why_know_the_rounds(looped: Looped) -> None:
+    recipe, folder, _, _ = looped
+    (row, *_) = [row for part in Workshop(recipe, folder).curated("pairs-2", "train") for row in part.to_pylist()]
+    said = CliRunner().invoke(app, ["why", str(folder.root), row["row_id"]], catch_exceptions=False).output
+    assert "pairs-2" in said and "dpo-1" in said
+    found = decide(folder.root, ["sets.clean.ResponseLength.low=8"])
+    assert found.unsure == ("pairs-1", "pairs-2")  # their prompts are those of the set that would change
