@@ -82,7 +82,7 @@ class LoraLinear(FrozenLinear):
         self.scale = settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
         self.active = True
         self.shared: SharedInput | None = None
-        device = linear.weight.device
+        device = self.base.device
         a = torch.empty(settings.rank, linear.in_features)
         if settings.init == "gaussian":
             nn.init.normal_(a, std=1 / settings.rank, generator=generator)

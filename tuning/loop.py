@@ -312,7 +312,8 @@ def _policy(model: Path, adapter: Path | None, settings: Training, place: Place)
     """The model that is trained, with gradients where it learns."""
     if settings.lora is None and adapter is not None:
         raise HouseError(f"lora: null tunes all weights of {model} and cannot continue the adapter {adapter}")
-    policy = load_model(model, dtype=place.dtype, device=place.device)
+    base = None if settings.lora is None else settings.lora.base
+    policy = load_model(model, dtype=place.dtype, device=place.device, base=base)
     if settings.lora is None:
         policy.requires_grad_(True)
         return policy

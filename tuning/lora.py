@@ -52,7 +52,7 @@ def _check(settings: Lora) -> None:
         )
 
 
-def _names(model: PreTrainedModel) -> list[str]:
+def linear_names(model: PreTrainedModel) -> list[str]:
     """Names of the linear layers inside the decoder blocks. HouseError where there are none."""
     blocks = getattr(model.base_model, "layers", None)
     if not isinstance(blocks, nn.ModuleList):
@@ -91,7 +91,7 @@ def add_lora(model: PreTrainedModel, settings: Lora, seed: int) -> None:
 def _names_without_adapter(model: PreTrainedModel) -> list[str]:
     if any(isinstance(module, FrozenLinear) for module in model.modules()):
         raise HouseError("the model carries an adapter already; load the base again to start another")
-    return _names(model)
+    return linear_names(model)
 
 
 def _replace(model: PreTrainedModel, names: list[str], adapters: dict[str, Lora], base: str, seed: int) -> None:
@@ -227,8 +227,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
         for letter in "AB":
             name = name.replace(f".lora_{letter}.weight", f".{letter}")
         weights[name] = tensor
+    return config, weights, noted_base(folder)
+
+
+def noted_base(folder: Path) -> str | None:
+    """How the base of the adapter in `folder` was stored when it was trained; None where nothing notes it."""
     ours = folder / _OURS
-    return config, weights, json.loads(ours.read_text(encoding="utf-8"))["base"] if ours.is_file() else None
+    return json.loads(ours.read_text(encoding="utf-8"))["base"] if ours.is_file() else None
 
 
 def _settings(config: dict[str, Any], folder: Path) -> Lora:

@@ -36,9 +36,10 @@ from .attention import isolate
 from .chat import Tokens, conversation_ids, tokenise_texts
 from .digests import RECORD
 from .forward import pack_logps
-from .lora import load_adapter
+from .lora import load_adapter, noted_base
 from .packing import build_pack, pack_plan
 from .quantised import is_nf4, load_nf4
+from .quantising import load_causal
 from .settings import NewModel
 
 Text = str | Sequence[Mapping[str, Any]]
@@ -69,12 +70,19 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def load_model(
-    folder: Path, *, dtype: str = "auto", device: str | None = None, adapter: Path | None = None
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    adapter: Path | None = None,
+    base: str | None = None,
 ) -> PreTrainedModel:
     """The causal LM in `folder`, in evaluation mode, its attention per document (`attention.isolate`).
 
     dtype: fp32, bf16, or auto: bf16 where the device computes it natively. device: default CUDA where there is one.
-    adapter: folder of a LoRA adapter to attach. HouseError where the folder is absent or holds no model.
+    adapter: folder of a LoRA adapter to attach. base: how the decoder blocks' linear layers will be stored
+    (settings.Lora; None: as the adapter notes it): in NF4 they are quantised while they are read, so that the model is
+    never held whole. HouseError where the folder is absent, or holds no model or one that is damaged.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_model(folder)
@@ -85,7 +93,7 @@ def load_model(
             model: Any = (
                 load_nf4(folder, config, wanted)
                 if is_nf4(config)
-                else AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=wanted)
+                else load_causal(folder, config, wanted, device, base or (adapter and noted_base(adapter)))
             )
     except HouseError:
         raise
