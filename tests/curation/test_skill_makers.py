@@ -18,7 +18,7 @@ from gristmill.curation.makers.glan import Glan, parse_syllabus, sample_concepts
 from gristmill.curation.makers.instruct_skill_mix import InstructSkillMix, by_key, mixes
 from gristmill.curation.makers.personas import Personas, parse_persona, parse_personas, read_personas
 from gristmill.curation.rows import ROW, content_id, message, table
-from gristmill.curation.synthesis import prompt
+from gristmill.curation.synthesis import PROMPTS, prompt
 from gristmill.curation.text.outlines import lone_instruction, name_key, names
 
 Answer = Callable[[str, str, ChatRequest], str | ChatAnswer | ChatError]
@@ -44,12 +44,9 @@ class Door:
         return ChatAnswer(said, 9, len(said.split()), True) if isinstance(said, str) else said
 
 
-NAMES = [
-    path.stem for path in Path(prompt("ask").name and __import__("gristmill").__path__[0]).glob("curation/prompts/*")
-]
 MARKS = {
     name: [re.escape(piece.strip()) for piece in re.split(r"\{\w+\}|\n---\n", prompt(name).text) if piece.strip()]
-    for name in NAMES
+    for name in sorted(path.stem for path in PROMPTS.glob("*.md"))
     if re.match(r"skill_mix|glan|personas|back", name)
 }
 
