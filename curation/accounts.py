@@ -58,14 +58,18 @@ def accounts(con: Any, folder: RunFolder) -> tuple[Account, ...]:
     reasons: dict[tuple[str, int], dict[str, dict[Any, int]]] = {}
     sql = 'SELECT "set", step, what, reason, judge, rows FROM maker_reasons ORDER BY rows DESC, judge, reason'
     for name, step, what, reason, judge, rows in con.execute(sql).fetchall():
-        key = (judge, reason) if what == "dropped" else reason
-        reasons.setdefault((name, step), {}).setdefault(what, {})[key] = rows
+        mine = reasons.setdefault((name, step), {}).setdefault(what, {})
+        mine[(judge, reason) if what == "dropped" else reason] = rows
     answer = con.execute("FROM makers")
     names = [column[0] for column in answer.description]
     found = [dict(zip(names, row, strict=True)) for row in answer.fetchall()]
     whats = ("failed", "unparsed", "refused", "dropped")
     plain = [{name: value for name, value in one.items() if name not in whats} for one in found]
-    made = {key: Account(**one, **reasons.get(key, {})) for one in plain for key in [(one["set"], one["step"])]}
+    made = {}
+    for one in plain:
+        key = (one["set"], one["step"])
+        fields: Json = one | reasons.get(key, {})
+        made[key] = Account(**fields)
     return tuple(made[key] for one in steps(folder) if (key := (one["set"], one["step"])) in made)
 
 

@@ -26,7 +26,6 @@ from methods import DATA, HERE, ROOT, SOURCES, Example, Show, prepare, read_sect
 from gristmill.curation.accounts import Account, accounts, origin_lines
 from gristmill.curation.folder import HouseError, RunFolder
 from gristmill.curation.look import Life, cut, life, plain, rows_of
-from gristmill.curation.steps import find_steps
 from gristmill.curation.views import connect
 from gristmill.flows.recipe import load_text
 from gristmill.flows.run import run
@@ -66,7 +65,7 @@ class Page:
     """What a page is made of. paper: after whom. answers: a key of WHO. example: line, sources and kind, by default
     those of docs/methods.yaml. judges: lines of the steps after the maker. written: answers by what the request must
     match; of several for one, the request's seed says which. row: what the row that is shown must match, of all that
-    it says."""
+    it says. limit: rows of each source (None: as in docs/methods.yaml)."""
 
     paper: str
     answers: str
@@ -74,6 +73,7 @@ class Page:
     judges: tuple[str, ...]
     written: tuple[tuple[str, tuple[str, ...]], ...] = ()
     row: str = ""
+    limit: int | None = None
 
 
 def read_pages() -> dict[str, Page]:
@@ -97,6 +97,7 @@ def _page(entry: dict[str, Any], known: Example | None) -> Page:
         judges=tuple(entry.get("judges", JUDGES[example.kind])),
         written=tuple((when, tuple(says)) for when, says in written),
         row=entry.get("row", ""),
+        limit=entry.get("limit"),
     )
 
 
@@ -105,6 +106,8 @@ def page_recipe(name: str, page: Page, scratch: Path, url: str) -> str:
     recipe = yaml.safe_load(recipe_of(name, page.example, scratch))
     recipe["models"][AUTHOR] = {"server": {"url": url, "model": AUTHOR}, "licence": "MIT"}
     recipe["stages"][-1]["curate"]["steps"] += [yaml.safe_load(line.replace(HERE, str(DATA))) for line in page.judges]
+    for name in page.example.sources if page.limit is not None else ():
+        recipe["sources"][name]["limit"] = page.limit
     if not re.search(r"\bsmall\b|set_name: specialised", page.example.line):
         recipe["stages"] = [one for one in recipe["stages"] if one["curate"]["set"] != "specialised"]
         del recipe["models"]["small"]
@@ -189,23 +192,25 @@ def text_of(maker: Any, page: Page, found: Life, account: Account, parents: Sequ
         "## In a recipe",
     ]
     lines += ["```yaml\n" + "\n".join(f"- {line.removesuffix(': {}')}" for line in steps) + "\n```"]
-    lines += [f"Here on {_sources(page.example)}. {WHO[page.answers]}"]
+    lines += [f"Here on {_sources(page)}. {WHO[page.answers]}"]
     lines += ["## A row that it made", f"`{found.row['row_id']}`", *_turns(found.row), *_facts(found.row)]
     lines += ["## Its parents", *(_parents(found, parents) or ["It has none."])]
     lines += ["## Its verdicts", _verdicts(found), "## What became of all", _account(account)]
     return "\n\n".join(lines) + "\n"
 
 
-def _sources(example: Example) -> str:
+def _sources(page: Page) -> str:
+    few = "" if page.limit is None else f"the first {page.limit} rows of " if page.limit > 1 else "the first row of "
     known = {"docstrings": "Python's own docstrings (PSF-2.0)", "stated": "pairs put together from published solutions"}
     known |= {name: f"{file} ({licence})" for name, (file, licence) in SOURCES.items()}
     known |= {"few": f"12 rows of {known['code']}", "few_pairs": f"12 rows of {known['preferences']}"}
-    said = [known[name] for name in example.sources]
+    said = [f"{few}{known[name]}" for name in page.example.sources]
+    example = page.example
     if re.search(r"set_name: short", example.line):
         said.append(f"an earlier set, the rows of {known['alpaca']} whose answers have at most 12 words")
     if re.search(r"set_name: specialised", example.line):
         said.append(f"an earlier set, the rows of {known['maths']}")
-    return ", ".join(said)
+    return ", ".join(said) or "no rows at all: they come from the recipe"
 
 
 def fenced(text: str, head: str = "text") -> str:
@@ -219,14 +224,18 @@ def _turns(row: Mapping[str, Any], most: int = TEXT) -> Iterator[str]:
     for name in ("messages", "chosen", "rejected"):
         for turn in row[name] or ():
             who = turn["role"] if name == "messages" else f"{name}, {turn['role']}"
-            yield f"*{who}*\n\n" + fenced(cut(plain(turn["content"] or ""), most))
+            yield f"*{who}*\n\n" + fenced(cut(_lines(turn["content"]), most))
     if row["text"] is not None:
-        yield fenced(cut(plain(row["text"]), most))
+        yield fenced(cut(_lines(row["text"]), most))
+
+
+def _lines(text: str | None) -> str:
+    return plain((text or "").replace("\r\n", "\n"))
 
 
 def _facts(row: Mapping[str, Any]) -> Iterator[str]:
     meta = json.loads(row["meta"] or "{}")
-    said = {name: value for name, value in meta.items() if name != "made"}
+    said = {name: value for name, value in meta.items() if not name.endswith("made")}  # origins: told below
     if said:
         yield "Its `meta`:\n\n" + fenced(cut(json.dumps(said, ensure_ascii=False), META), "json")
     if row["spans"]:
@@ -305,19 +314,16 @@ def main() -> None:
     names = parser.parse_args().names
     pages = read_pages()
     scratch = Path(tempfile.mkdtemp(prefix="gristmill-makers-"))
-    failed = []
     try:
         prepare(scratch)
         for name in names or pages:
             try:
                 write_page(name, pages[name], scratch)
             except HouseError as error:
-                failed.append(f"{name}: {error}")
+                print(f"NO PAGE OF {name}: {error}", flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     (HOME / "README.md").write_text(index(pages), encoding="utf-8")
-    if failed:
-        raise SystemExit("\n\n".join(failed))
 
 
 if __name__ == "__main__":

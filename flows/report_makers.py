@@ -28,7 +28,11 @@ def makers(con: Any, folder: RunFolder, found: Funnel) -> list[Json]:
         ]
         rows = [("made", one.made), ("kept", one.kept), ("held out", one.held_out)]
         rows.append(("dropped", sum(one.dropped.values())))
-        price = [("tokens of prompts", one.prompt_tokens), ("of answers", one.tokens), ("paid for before", one.cached)]
+        price: list[tuple[str, float | None]] = [
+            ("tokens of prompts", one.prompt_tokens),
+            ("of answers", one.tokens),
+            ("paid for before", one.cached),
+        ]
         price += [("tokens a kept row", one.tokens_per_row), ("cost", one.cost), ("cost a kept row", one.cost_per_row)]
         samples = [_sample(life(con, folder, row_id)) for row_id in _drawn(con, one)]
         shown.append(

@@ -49,8 +49,9 @@ def test_every_maker_has_a_page(name: str, script: dict[str, Any]) -> None:
     assert row_id.group(1) not in parents
     verdicts = [line.split(" | ") for line in found["Its verdicts"].splitlines() if line.startswith(f"| {name} | ")]
     assert verdicts[0][1] == name and verdicts[0][2].startswith("kept") and len(verdicts) >= 2
-    numbers = {what: int(count.replace(",", "")) for what, count in
-               re.findall(r"(asked|answered|parsed|made|kept) ([\d,]+)", found["What became of all"].split("\n- ")[1])}  # fmt: skip
+    first = found["What became of all"].split("\n- ")[1]
+    counts = re.findall(r"(asked|answered|parsed|made|kept) ([\d,]+)", first)
+    numbers = {what: int(count.replace(",", "")) for what, count in counts}
     assert numbers["made"] >= 1 and numbers["made"] >= numbers["kept"]
     assert numbers.get("asked", 0) >= numbers.get("answered", 0) >= numbers.get("parsed", 0)
 

@@ -158,7 +158,7 @@ def test_the_funnel_and_the_life_of_a_row_tell_of_makers(run: RunFolder) -> None
     made = views.query(run, "select row_id, parents[1] from rows where maker is not null order by position limit 1")[1]
     life = shown(look.print_why, run, made[0][0])
     assert "by door (digest dddddddddddd…; licence or terms: CC0)" in life and "temperature 0.8" in life
-    assert f"{made[0][1]} (source s, position 4; kept in set t) question number 4 → yes" in life.replace("│ ", "")
+    assert f"{made[0][1]} (source s, position 3; kept in set t) question number 3 → yes" in life.replace("│ ", "")
 
 
 def test_the_report_shows_numbers_samples_parents_and_verdicts(run: RunFolder) -> None:
