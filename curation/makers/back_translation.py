@@ -16,6 +16,7 @@ from ..rows import Row, digest, message, table
 from ..steps import Corpus
 from ..synthesis import Ask, Session, asking, prompt
 from ..text.outlines import lone_instruction
+from ..text.sections import sections
 from ..text.view import normal, words
 
 FORMS = {
@@ -32,8 +33,10 @@ class BackTranslation:
     (instruction back-translation, arXiv 2308.06259; LongForm, arXiv 2304.08460).
 
     Texts are documents (rows with `text`) and rows with a lone assistant turn: live ones, or those of split train of
-    the earlier set `set_name`; of `least` to `most` characters, others are not asked about; limit: of them, the lowest
-    by a hash. Those that came to a row leave the set with reason source_document and stay in its lineage as parents.
+    the earlier set `set_name`; of `least` to `most` characters, others are not asked about; window: each text is first
+    cut into sections of at most so many characters, at the borders of its paragraphs, and each section is a text of its
+    own, without the white space around it (None: texts stay whole); limit: of them, the lowest by a hash. Rows with a
+    text that came to a row leave the set with reason source_document and stay in its lineage as parents.
 
     form: `instruction`, or one of LongForm's other ways to ask: `question`, `query` (as into a search engine); several
     are drawn by a hash of the text's row_id. examples: rows of the earlier set `seeds_set` shown in each request, their
@@ -48,8 +51,9 @@ class BackTranslation:
     holds is turned down (echo).
 
     system: a turn before the instruction, such as the paper's mark of text from the web. temperature, top_p,
-    max_tokens: of instructions; judge_tokens: of ratings. meta: form, rating, contrast (under margin), examples. The
-    step's record: `not_asked`, by reason, and `ratings`.
+    max_tokens: of instructions; judge_tokens: of ratings. meta: form, rating, contrast (under margin), examples,
+    section (under window: its first character and the one after its last). The step's record: `not_asked`, by reason,
+    and `ratings`.
     """
 
     model: str
@@ -60,6 +64,7 @@ class BackTranslation:
     limit: int | None = None
     least: int = 200
     most: int = 6000
+    window: int | None = None
     form: tuple[str, ...] = ("instruction",)
     candidates: int = 1
     at_least: float | None = 4.0
@@ -79,6 +84,8 @@ class BackTranslation:
             raise HouseError(f"{self}: form is one or more of {', '.join(FORMS)}")
         if min(self.candidates, self.max_tokens, self.judge_tokens, self.least) < 1 or self.most < self.least:
             raise HouseError(f"{self}: candidates, tokens and least are at least 1, most at least `least`")
+        if self.window is not None and self.window < self.least:
+            raise HouseError(f"{self}: sections of at most window {self.window} are shorter than least {self.least}")
         if self.at_least is None and (self.margin is not None or self.judge is not None):
             raise HouseError(f"{self}: margin and judge belong to self-curation: give at_least too")
         if self.examples < 0 or (self.at_least is not None and not 1 <= self.at_least <= 5):
@@ -109,20 +116,31 @@ class BackTranslation:
         for part in parts:
             for row in part.select(names).to_pylist():
                 text = text_of(row)
-                size = 0 if text is None else len(text)
-                problem = "no_text" if text is None else "short" if size < self.least else "long"
-                if text is not None and self.least <= size <= self.most:
-                    found.append(_Text(row["row_id"], text))
-                else:
-                    lost[problem] += 1
-        ordered = sorted(found, key=lambda one: digest(str(self.seed), one.row_id))
+                pieces = [] if text is None else list(self._pieces(row["row_id"], text))
+                fitting = [one for one in pieces if self.least <= len(one.text) <= self.most]
+                found += fitting
+                short = sum(len(one.text) < self.least for one in pieces)
+                lost.update({"no_text": text is None, "short": short, "long": len(pieces) - len(fitting) - short})
+        lost = +lost  # without what is 0
+        ordered = sorted(found, key=lambda one: digest(str(self.seed), *map(str, one.key)))
         return ordered[: self.limit], lost
+
+    def _pieces(self, row_id: str, text: str) -> Iterator["_Text"]:
+        """The text, or its sections."""
+        if self.window is None:
+            yield _Text(row_id, text)
+            return
+        for start, end in sections(text, self.window):
+            piece = text[start:end]
+            start += len(piece) - len(piece.lstrip())
+            if piece.strip():
+                yield _Text(row_id, piece.strip(), (start, start + len(piece.strip())))
 
     def _pairs(self, session: Session, texts: Sequence["_Text"]) -> list[Instruction]:
         """Instructions, their texts in `ask.about`; of one text different ones."""
         shown = self._shown(session.corpus)
         asks = [self._ask(text, shown, draw) for text in texts for draw in range(self.candidates)]
-        found: dict[tuple[str, str], Instruction] = {}
+        found: dict[tuple[object, ...], Instruction] = {}
         for ask, answer in session.ask(asks):
             text = ask.about.text
             said = parse_instruction(answer, text)
@@ -132,12 +150,12 @@ class BackTranslation:
             session.tally.parsed += 1
             if len(words(said)) >= ECHO and normal(said) in normal(text):
                 session.refused("echo")
-            elif (ask.about.row_id, normal(said)) in found:
+            elif (*ask.about.key, normal(said)) in found:
                 session.refused("same_instruction")
             else:
                 about = {"form": ask.about.form} | ({"examples": list(ask.about.examples)} if shown else {})
-                one = Instruction(said, ask, answer, ask.parents, about)
-                found[ask.about.row_id, normal(said)] = one
+                about |= {"section": list(ask.about.section)} if ask.about.section else {}
+                found[*ask.about.key, normal(said)] = Instruction(said, ask, answer, ask.parents, about)
         return list(found.values())
 
     def _shown(self, corpus: Corpus) -> list[Seed]:
@@ -150,8 +168,8 @@ class BackTranslation:
         return fitting
 
     def _ask(self, text: "_Text", shown: Sequence[Seed], draw: int) -> Ask:
-        form = self.form[drawn(len(self.form), 1, "form", self.seed, text.row_id)[0]]
-        picked = [shown[at] for at in drawn(len(shown), self.examples, "show", self.seed, text.row_id)] if shown else []
+        form = self.form[drawn(len(self.form), 1, "form", self.seed, *text.key)[0]]
+        picked = [shown[at] for at in drawn(len(shown), self.examples, "show", self.seed, *text.key)] if shown else []
         examples = "".join(
             f"A text:\n\n<text>\n{one.answer}\n</text>\n\nWhat it answers: {one.text}\n\n" for one in picked
         )
@@ -159,7 +177,7 @@ class BackTranslation:
         turns = asked.turns(examples=examples, text=text.text, form=FORMS[form])
         sampling = Sampling(self.temperature, self.top_p, self.max_tokens)
         about = replace(text, form=form, examples=tuple(one.row_id for one in picked))
-        return asking(asked, turns, sampling, ("back", self.seed, text.row_id, draw), (text.row_id,), about)
+        return asking(asked, turns, sampling, ("back", self.seed, *text.key, draw), (text.row_id,), about)
 
     def _rated(self, session: Session, pairs: Sequence[Instruction]) -> list["_Rated"]:
         judge = session if self.judge is None else session.beside(self.judge)
@@ -179,21 +197,21 @@ class BackTranslation:
         form = prompt("back_rate")
         turns = form.turns(instruction=other.text, response=one.ask.about.text)
         sampling = Sampling(temperature=0.0, max_tokens=self.judge_tokens)
-        return asking(form, turns, sampling, ("rate", self.seed, one.ask.about.row_id, other.text), one.parents)
+        return asking(form, turns, sampling, ("rate", self.seed, *one.ask.about.key, other.text), one.parents)
 
     def _chosen(self, session: Session, rated: Sequence["_Rated"]) -> list["_Rated"]:
         """Of each text the best pair that is good enough."""
-        best: dict[str, _Rated] = {}
+        best: dict[tuple[object, ...], _Rated] = {}
         for one in rated:
             problem = None if self.at_least is None else one.problem(self.at_least, self.margin)
             if problem is not None:
                 session.refused(problem)
                 continue
-            held = best.setdefault(one.pair.ask.about.row_id, one)
+            held = best.setdefault(one.pair.ask.about.key, one)
             if held is not one:
                 session.refused("other_candidate")
                 if (one.score or 0.0) > (held.score or 0.0):
-                    best[one.pair.ask.about.row_id] = one
+                    best[one.pair.ask.about.key] = one
         return list(best.values())
 
     def _row(self, session: Session, one: "_Rated") -> Row:
@@ -213,8 +231,13 @@ PROBLEMS = ("no_instruction", "cut")
 class _Text:
     row_id: str
     text: str
+    section: tuple[int, ...] = ()  # its place in the row's text, where it is a part of it
     form: str = ""
     examples: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.row_id, *self.section)
 
 
 @dataclass(frozen=True)
@@ -255,6 +278,6 @@ def parse_instruction(answer: ChatAnswer, text: str) -> str:
 
 def other_text(pairs: Sequence[Instruction], place: int) -> Instruction | None:
     """The next pair (from the front again after the last) that is about another text; None where all are about one."""
-    own = pairs[place].ask.about.row_id
+    own = pairs[place].ask.about.key
     following = (pairs[(place + step) % len(pairs)] for step in range(1, len(pairs)))
-    return next((one for one in following if one.ask.about.row_id != own), None)
+    return next((one for one in following if one.ask.about.key != own), None)

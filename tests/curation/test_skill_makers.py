@@ -609,6 +609,20 @@ def test_real_documents_come_back_byte_for_byte(tmp_path: Path, data: Path) -> N
     assert all(turns(row)[-1][1] == by_id[row["parents"][0]] for row in found)
 
 
+def test_long_documents_are_asked_about_in_sections(tmp_path: Path, data: Path) -> None:
+    texts = pq.read_table(data / "docs_peps.parquet", columns=["text"])["text"].to_pylist()[:12]
+    rows = table([document(at, text) for at, text in enumerate(texts)])
+    corpus = Corpus(tmp_path, rows, m=Door(lambda name, said, r: f"Explain point {r.seed}"))
+    found = made(BackTranslation(model="m", at_least=None, window=2000), corpus)
+    by_id = dict(zip(rows["row_id"].to_pylist(), texts, strict=True))
+    assert len(found) > 60 and corpus.facts["not_asked"].keys() <= {"short"}
+    for row in found:
+        start, end = meta(row)["section"]
+        assert turns(row)[-1][1] == by_id[row["parents"][0]][start:end] and 200 <= end - start <= 2000
+    covered = sum(end - start for row in found for start, end in [meta(row)["section"]])
+    assert covered > 0.95 * sum(map(len, texts))
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "why"),
     [
@@ -622,6 +636,7 @@ def test_real_documents_come_back_byte_for_byte(tmp_path: Path, data: Path) -> N
         (BackTranslation, {"form": ("song",)}, "form is one or more of"),
         (BackTranslation, {"at_least": None, "margin": 1.0}, "belong to self-curation"),
         (BackTranslation, {"least": 9, "most": 8}, "most at least"),
+        (BackTranslation, {"window": 100}, "shorter than least 200"),
     ],
 )
 def test_senseless_settings_are_named(kind: type[Any], fields: dict[str, Any], why: str) -> None:
