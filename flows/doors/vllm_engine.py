@@ -67,6 +67,8 @@ class Engine:
         """home: the base model's folder. lora: whether adapters may be asked for. llm: what `load` loaded, if it is
         loaded already; nobody else may ask it meanwhile. Raises HouseError where vLLM is not installed or does not take
         the model, in its words."""
+        if llm is None:
+            check_installed()  # before anything else can go wrong
         self.home, self.settings, self.lora = home, settings or Vllm(), lora
         self.digest, self.tokenizer = model_digest(home), load_tokenizer(home)
         self._adapters: dict[str, Any] = {}
@@ -301,8 +303,7 @@ def _check_adapter(home: Path, adapter: Path) -> None:
 
 
 def load(home: Path, settings: Vllm, lora: bool) -> Any:
-    """A vllm.LLM. HouseError where vLLM is not installed or does not take the model, in its words."""
-    check_installed()
+    """A vllm.LLM. HouseError where vLLM does not take the model, in its words."""
     import torch
 
     quiet = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
