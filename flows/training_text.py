@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 Row = Mapping[str, Any]
+PLACES = {"host": "host", "device": "GPU"}
 
 
 def plan_text(plan: Row) -> str:
@@ -18,8 +19,10 @@ def plan_text(plan: Row) -> str:
         lines.append(f"cut       {plan['truncated']:,} rows lose their prompt's head{_ids(plan, 'truncated')}")
     memory = {name: value for name, value in plan["memory"].items() if value and name != "total"}
     parts = ", ".join(f"{name} {size(value)}" for name, value in memory.items())
-    line = plan["roofline"]
+    line, loading = plan["roofline"], plan["loading"]
+    where = " and ".join(f"{size(loading[key])} on the {name}" for key, name in PLACES.items() if key in loading)
     lines += [
+        f"loading   about {where}",
         f"memory    about {size(plan['memory']['total'])} ({parts})",
         f"roofline  at most {line['tokens_per_s']:,.0f} tokens/s: {line['gflop_per_token']:.4g} GFLOP a token at "
         f"{line['peak_tflops']:.4g} TFLOP/s ({line['peak']}); at least {span(plan['seconds'])} in all",

@@ -17,6 +17,7 @@ from .settings import Lora, Training
 
 FACTOR = 1.35  # between an estimate and the measured peak, either way
 BITS = {"nf4": 4 + 8 / 64 + 32 / 64 / 256, "nf4-single": 4 + 32 / 64, "bf16": 16.0, "fp32": 32.0}  # of a stored weight
+QUANTISED = ("nf4", "nf4-single")
 STATES = {"adamw": 2, "lion": 1}  # fp32 numbers that an optimizer keeps of each parameter
 
 
@@ -24,7 +25,8 @@ STATES = {"adamw": 2, "lion": 1}  # fp32 numbers that an optimizer keeps of each
 class Needs:
     """What a stage asks for. tokens, targets: of the largest pack. rank, adapters: of LoRA, and its parameters; None:
     all weights learn, in fp32. base: how frozen matrices are stored. dtype: of the computation. checkpointed: decoder
-    layers that keep their input alone; offload: what autograd keeps lies on the host."""
+    layers that keep their input alone; offload: what autograd keeps lies on the host. shards: processes over which fsdp
+    spreads the decoder blocks; accumulates: each has several packs in a step."""
 
     shape: Shape
     tokens: int
@@ -37,11 +39,13 @@ class Needs:
     checkpointed: int = 0
     offload: bool = False
     optimizer: str = "adamw"
+    shards: int = 1
+    accumulates: bool = False
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device, by part."""
+    """Bytes on the device, by part; under fsdp on that of each process."""
 
     weights: int
     trained: int  # parameters that learn, in fp32, where they are not the weights themselves
@@ -51,12 +55,13 @@ class Memory:
     logits: int  # a chunk of them
     layer: int  # what the backward of one decoder layer works with
     buffer: int  # one dequantised matrix
+    gathered: int  # under fsdp: the block that is computed and the one fetched meanwhile
 
     @property
     def total(self) -> int:
         """Logits are gone when the layers' backward begins."""
-        parts = (self.weights, self.trained, self.gradients, self.optimizer, self.activations, self.buffer)
-        return sum(parts) + max(self.logits, self.layer)
+        parts = (self.weights, self.trained, self.gradients, self.optimizer, self.activations)
+        return sum(parts) + self.buffer + self.gathered + max(self.logits, self.layer)
 
     def record(self) -> dict[str, int]:
         """For plan.json: bytes by part, and `total`."""
@@ -66,23 +71,59 @@ class Memory:
 def memory(needs: Needs) -> Memory:
     """The peak of a training step, the allocator's own losses and the driver's context left out."""
     shape, size = needs.shape, needs.dtype.itemsize
-    head = 0 if shape.tied else shape.hidden * shape.vocabulary
     frozen = needs.adapters is not None
-    learning = shape.matrices + shape.others + head if needs.adapters is None else needs.adapters
-    matrices = shape.matrices * BITS[needs.base] / 8 if needs.base is not None else 4.0 * shape.matrices
-    widest = max(out * width for _, out, width in shape.linears)
+    matrices, rest = _stored(needs)
+    # numbers that learn in the decoder blocks, which fsdp spreads, and outside them
+    inside, outside = (shape.matrices, _rest(shape)) if needs.adapters is None else (needs.adapters, 0)
+    learning = inside / needs.shards + outside
+    block = (matrices + (4 * inside if frozen else 0)) / shape.layers
     converted = frozen and needs.base != {2: "bf16", 4: "fp32"}[size]
     logits = logits_bytes(needs.targets, shape.vocabulary, needs.dtype, needs.device)
     return Memory(
-        weights=int(matrices + (shape.others + head) * (size if frozen else 4)),
-        trained=4 * learning if frozen else 0,
-        gradients=4 * learning,
-        optimizer=4 * learning * STATES[needs.optimizer],
+        weights=int(matrices / needs.shards + rest),
+        trained=int(4 * learning) if frozen else 0,
+        # fsdp sums them after a step's last pack, and holds them whole until then
+        gradients=int(4 * (inside + outside if needs.accumulates else learning)),
+        optimizer=int(4 * learning * STATES[needs.optimizer]),
         activations=activations(needs),
         logits=logits,
         layer=working_bytes(needs),
-        buffer=widest * size if converted else 0,
+        buffer=_widest(shape) * size if converted else 0,
+        gathered=int(min(2, shape.layers) * block) if needs.shards > 1 else 0,
     )
+
+
+def loading(needs: Needs) -> dict[str, int]:
+    """Bytes that reading the model peaks at, in each process: `host`, and of a GPU `device`.
+
+    In NF4 each matrix is quantised as it is read; otherwise the model lies whole on the host first. fsdp spreads it
+    only then: loading peaks alike with and without.
+    """
+    matrices, rest = _stored(needs)
+    size, gpu = needs.dtype.itemsize, needs.device.startswith("cuda")
+    widest = _widest(needs.shape)
+    waiting = 2 * widest * size  # one matrix as it was read and as it is computed with
+    if needs.base in QUANTISED:
+        whole = int(matrices + rest)
+        return {"host": rest + waiting, "device": whole + widest * size} if gpu else {"host": whole + waiting}
+    host = needs.shape.matrices * size + rest
+    then = max(host, int(matrices + rest)) + waiting
+    return {"host": host + waiting, "device": then} if gpu else {"host": then}
+
+
+def _stored(needs: Needs) -> tuple[float, int]:
+    """Bytes of the decoder's matrices as they are stored, and of all other weights."""
+    matrices = needs.shape.matrices * BITS[needs.base] / 8 if needs.base is not None else 4.0 * needs.shape.matrices
+    return matrices, _rest(needs.shape) * (4 if needs.adapters is None else needs.dtype.itemsize)
+
+
+def _rest(shape: Shape) -> int:
+    """Numbers of all weights that are no matrix of the decoder's."""
+    return shape.others + (0 if shape.tied else shape.hidden * shape.vocabulary)
+
+
+def _widest(shape: Shape) -> int:
+    return max(out * width for _, out, width in shape.linears)
 
 
 def activations(needs: Needs) -> int:
@@ -124,9 +165,17 @@ def working_bytes(needs: Needs) -> int:
     return (3 * shape.intermediate + 4 * shape.hidden) * needs.dtype.itemsize * needs.tokens
 
 
-def needs_of(config: Any, numbers: Mapping[str, Any], settings: Training, *, device: str, dtype: torch.dtype) -> Needs:
+def needs_of(
+    config: Any,
+    numbers: Mapping[str, Any],
+    settings: Training,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    devices: int = 1,
+) -> Needs:
     """From a model's configuration, a plan's numbers (plan.json) and the stage's settings. A pack is taken as full, its
-    targets in the plan's proportion."""
+    targets in the plan's proportion. devices: the processes that train."""
     lora: Lora | None = settings.lora
     shape = decoder_shape(config)
     share = numbers["target_tokens"] / max(numbers["tokens"], 1)
@@ -144,6 +193,8 @@ def needs_of(config: Any, numbers: Mapping[str, Any], settings: Training, *, dev
         checkpointed=checkpointed,
         offload=settings.offload,
         optimizer=settings.optimizer,
+        shards=devices if settings.parallel == "fsdp" else 1,
+        accumulates=settings.packs_per_step > devices,
     )
 
 
@@ -166,15 +217,17 @@ def plan_estimate(
     that attention can cost, and `attention` says so. reference: the objective takes a reference pass. peak: where it is
     known already; else machine_peak, which on an unknown device measures for 0.3 s.
 
-    Returns {"memory": bytes by part with total, "roofline": gflop_per_token, tokens_per_s, peak_tflops, peak, formula,
-    …, "seconds": the least time of all steps, "reference_seconds", "attention": how documents' lengths were known}.
+    Returns {"memory": bytes by part with total, "loading": as `loading` says, "roofline": gflop_per_token,
+    tokens_per_s, peak_tflops, peak, formula, …, "seconds": the least time of all steps, "reference_seconds",
+    "attention": how documents' lengths were known}.
     """
-    needs = needs_of(config, numbers, settings, device=device, dtype=dtype)
+    needs = needs_of(config, numbers, settings, device=device, dtype=dtype, devices=devices)
     line = roofline_of(needs, numbers, load, devices, peak)
     epochs = numbers["steps"] * settings.packs_per_step / max(int(numbers["packs"]), 1)
     rate = line.devices * line.peak.rate
     return {
         "memory": memory(needs).record(),
+        "loading": loading(needs),
         "roofline": dict(line.record()),
         "seconds": round(line.seconds * epochs, 3),
         "reference_seconds": round(line.flop.reference / rate, 3) if reference else 0.0,

@@ -47,7 +47,7 @@ def outlook(
 ) -> Outlook:
     """Memory and roofline of a stage, from shapes and its plan."""
     numbers, load = summary(plan, settings.capacity), load_of_plan(plan)
-    needs = needs_of(config, numbers, settings, device=device, dtype=dtype)
+    needs = needs_of(config, numbers, settings, device=device, dtype=dtype, devices=processes)
     peak = machine_peak(needs.shape, device=device, dtype=dtype, tokens=settings.capacity)
     how: dict[str, Any] = {"device": device, "dtype": dtype, "load": load, "devices": processes, "peak": peak}
     record = plan_estimate(config, numbers, settings, reference=reference, **how)

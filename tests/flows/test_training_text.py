@@ -5,6 +5,7 @@ PLAN = {
     "fill": 0.9964, "steps": 98, "epochs": 2, "excluded": {"equal_answers": 1, "too_long": 4}, "truncated": 2,
     "excluded_rows": {"equal_answers": ["e1"], "too_long": ["a", "b", "c", "d"], "truncated": ["t1", "t2"]},
     "memory": {"weights": 2_500_000_000, "optimizer": 0, "buffer": 12_000, "total": 2_500_012_000},
+    "loading": {"host": 900_000_000, "device": 2_600_000_000},
     "roofline": {"tokens_per_s": 20_571.4, "gflop_per_token": 34.0, "peak_tflops": 700.0, "peak": "a card"},
     "seconds": 200.0, "warnings": ["vLLM is not known to serve X"],
 }  # fmt: skip
@@ -16,12 +17,13 @@ def test_the_plan_names_what_is_trained_left_out_and_needed() -> None:
         "shared    30,000 tokens that answers have in common lie once",
         "left out  equal_answers 1 (e1), too_long 4 (a, b, c, …)",
         "cut       2 rows lose their prompt's head (t1, t2)",
+        "loading   about 900 MB on the host and 2.6 GB on the GPU",
         "memory    about 2.5 GB (weights 2.5 GB, buffer 12 kB)",
         "roofline  at most 20,571 tokens/s: 34 GFLOP a token at 700 TFLOP/s (a card); at least 3 min 20 s in all",
         "! vLLM is not known to serve X",
     ]
     whole = PLAN | {"excluded": {}, "truncated": 0, "unshared_tokens": 50_000, "warnings": []}
-    assert plan_text(whole).split("\n")[1] == "left out  no row" and len(plan_text(whole).split("\n")) == 4
+    assert plan_text(whole).split("\n")[1] == "left out  no row" and len(plan_text(whole).split("\n")) == 5
 
 
 def test_the_live_line_and_the_end_say_the_share_of_the_roofline() -> None:

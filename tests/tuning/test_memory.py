@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gristmill.kernels.logprob import target_logprobs
 from gristmill.tuning.attention import head, hidden_states, isolate
 from gristmill.tuning.lora import add_lora
-from gristmill.tuning.memory import FACTOR, Memory, Needs, memory, needs_of, out_of_memory, plan_estimate
+from gristmill.tuning.memory import FACTOR, Memory, Needs, loading, memory, needs_of, out_of_memory, plan_estimate
 from gristmill.tuning.roofline import Peak, decoder_shape, load_of
 from gristmill.tuning.settings import Lora, Training
 
@@ -137,12 +137,55 @@ def test_llama_8b_in_figures() -> None:
     assert set(told.record()) == {*Memory.__dataclass_fields__, "total"}
 
 
+def llama_70b() -> tuple[Any, Training]:
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    config = AutoConfig.for_model("llama", **LLAMA8B | shape)
+    settings = Training(capacity=16384, checkpointing="layers", parallel="fsdp")
+    return config, settings
+
+
+def test_a_70b_is_read_into_what_it_will_take() -> None:
+    """141 GB in bf16: NF4 holds 35 GB of matrices; reading adds one of 470 MB, and embeddings and head wait on the
+    host."""
+    config, settings = llama_70b()
+    needs = needs_of(config, NUMBERS, settings, device="cuda", dtype=torch.bfloat16)
+    told, rest = loading(needs), 2 * 2 * 128_256 * 8192
+    assert told["device"] == pytest.approx(memory(needs).weights + 2 * 8192 * 28672, rel=1e-3) and told["device"] < 42e9
+    assert rest < told["host"] < rest + 1.1e9
+    assert loading(replace(needs, device="cpu")).keys() == {"host"}
+    whole = loading(replace(needs, base="bf16"))
+    assert whole["host"] > 141e9 and whole["device"] > 141e9
+    every = loading(replace(needs, base=None, adapters=None, rank=None, dtype=torch.float32))
+    assert every["device"] == pytest.approx(282e9, rel=0.02)
+
+
+def test_fsdp_spreads_the_blocks_of_an_estimate() -> None:
+    config, settings = llama_70b()
+    how: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    one, four = (needs_of(config, NUMBERS, settings, devices=count, **how) for count in (1, 4))
+    alone, share = memory(one), memory(four)
+    rest = 2 * 2 * 128_256 * 8192
+    assert share.weights == pytest.approx((alone.weights - rest) / 4 + rest, rel=1e-3)
+    assert share.optimizer == alone.optimizer // 4 and share.trained == alone.trained // 4
+    assert share.gradients == alone.gradients  # eight packs a step: summed after the last
+    assert memory(replace(four, accumulates=False)).gradients == alone.gradients // 4
+    assert alone.gathered == 0 and share.gathered == pytest.approx(
+        2 / 80 * (alone.weights - rest + alone.trained), rel=0.01
+    )
+    assert loading(four) == loading(one)
+    ddp = needs_of(config, NUMBERS, replace(settings, parallel="ddp"), devices=4, **how)
+    assert memory(ddp) == alone
+    full = memory(replace(four, rank=None, adapters=None, base=None, dtype=torch.float32))
+    assert full.weights == pytest.approx(4 * (68.5e9 / 4 + 2.1e9), rel=0.02) and full.optimizer == 2 * full.weights
+
+
 def test_a_plan_in_figures() -> None:
     config = AutoConfig.for_model("llama", **LLAMA8B)
     settings = Training(capacity=16384, packs_per_step=2, max_steps=100)
     options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "peak": Peak(700e12, "said so")}
     told = plan_estimate(config, NUMBERS, settings, reference=True, **options)
     line = told["roofline"]
+    assert told["loading"].keys() == {"host", "device"}
     assert line["tokens_per_s"] == pytest.approx(700e12 / (line["gflop_per_token"] * 1e9), rel=1e-3)
     assert told["seconds"] == pytest.approx(2 * NUMBERS["tokens"] / line["tokens_per_s"], rel=1e-3)  # two epochs
     assert told["reference_seconds"] == pytest.approx(told["seconds"] / 4, rel=0.1)
