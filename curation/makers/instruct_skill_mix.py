@@ -51,8 +51,8 @@ class InstructSkillMix:
     row of each skill, and stay; skills that come from nowhere leave parents empty. meta: skills, query_type. The step's
     record: `skills` with the number of rows or topics that named each, and `query_types`.
 
-    The prompts are ours; the paper's first asks GPT-4 to criticise what it wrote. Answers that shirk, of which 20 %
-    spoil a set in the paper, are for the judges after this step to find.
+    The prompts are ours. Answers that shirk, of which 20 % spoil a set in the paper, are for the judges after this step
+    to find.
     """
 
     model: str
