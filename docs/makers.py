@@ -106,7 +106,7 @@ def page_recipe(name: str, page: Page, scratch: Path, url: str) -> str:
     recipe = yaml.safe_load(recipe_of(name, page.example, scratch))
     recipe["models"][AUTHOR] = {"server": {"url": url, "model": AUTHOR}, "licence": "MIT"}
     recipe["stages"][-1]["curate"]["steps"] += [yaml.safe_load(line.replace(HERE, str(DATA))) for line in page.judges]
-    for name in page.example.sources if page.limit is not None else ():
+    for name in (*page.example.sources, "maths") if page.limit is not None else ():
         recipe["sources"][name]["limit"] = page.limit
     if not re.search(r"\bsmall\b|set_name: specialised", page.example.line):
         recipe["stages"] = [one for one in recipe["stages"] if one["curate"]["set"] != "specialised"]
@@ -209,7 +209,7 @@ def _sources(page: Page) -> str:
     if re.search(r"set_name: short", example.line):
         said.append(f"an earlier set, the rows of {known['alpaca']} whose answers have at most 12 words")
     if re.search(r"set_name: specialised", example.line):
-        said.append(f"an earlier set, the rows of {known['maths']}")
+        said.append(f"an earlier set, {few or 'rows of '}{known['maths']}")
     return ", ".join(said) or "no rows at all: they come from the recipe"
 
 
