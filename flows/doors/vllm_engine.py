@@ -395,7 +395,7 @@ def _pump(engine: Any, inbox: "queue.SimpleQueue[_Job | _Drop | None]") -> None:
         while (asked := inbox.get()) is not None:
             asked.reply.put(error)
     finally:
-        engine.engine_core.shutdown()
+        engine.engine_core.shutdown(timeout=10)
 
 
 def _end(inbox: "queue.SimpleQueue[_Job | _Drop | None]", thread: threading.Thread) -> None:

@@ -225,7 +225,7 @@ def test_adapters_share_an_engine_and_a_closed_one_is_told(monkeypatch: pytest.M
     class Fake:
         def __init__(self) -> None:
             self.asked: list[str] = []
-            self.engine_core = SimpleNamespace(shutdown=lambda: None)
+            self.engine_core = SimpleNamespace(shutdown=lambda timeout: None)
             self.dead = False
 
         def add_request(self, name: str, prompt: Any, params: Any, lora_request: Any) -> None:
