@@ -142,7 +142,7 @@ def _filled(node: yaml.Node, number: str) -> yaml.Node:
 
 def _scalar(value: str, like: yaml.Node) -> yaml.ScalarNode:
     """A bare scalar, so that a number is one."""
-    tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, value, (True, False))
+    tag = "tag:yaml.org,2002:int" if value.isdigit() else "tag:yaml.org,2002:str"
     return yaml.ScalarNode(tag, value, like.start_mark, like.end_mark)
 
 
@@ -151,7 +151,7 @@ def _refuse_shadows(root: yaml.Node, listed: list[yaml.Node]) -> None:
     seen = {("stage", str(key.value)): False for key, _ in pairs(get(root, "models"))}  # whether a block gives it
     for node in listed:
         looped = _kind(node) == "rounds"
-        for stage in get(pairs(node)[0][1], "stages").value if looped else [node]:
+        for stage in _body(pairs(node)[0][1], node)[1] if looped else [node]:
             for what, said in _named(stage):
                 name = str(said.value)
                 if name == PREVIOUS:
