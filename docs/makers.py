@@ -166,7 +166,7 @@ def author(written: Sequence[tuple[str, Sequence[str]]]) -> Iterator[tuple[str, 
 def shown_row(con: Any, folder: RunFolder, name: str, pattern: str) -> Life:
     """The first row that the maker made and that matches, a kept one where there is one."""
     sql = (
-        "SELECT f.row_id, r.messages::VARCHAR || coalesce(r.chosen::VARCHAR, '') || coalesce(r.meta, '') AS said"
+        "SELECT f.row_id, concat(r.messages::VARCHAR, r.chosen::VARCHAR, r.text, r.meta) AS said"
         ' FROM made_fates f JOIN rows r USING (row_id) WHERE f."set" = ? AND r.maker LIKE ?'
         " ORDER BY f.dropped_at IS NOT NULL, r.position, f.row_id"
     )
