@@ -36,7 +36,7 @@ from .settings import Vllm
 from .wire import Told, in_order, shortened
 
 AT_ONCE = 256  # requests rendered, and taken in between two steps, at once
-MOST_OPTIONS = 64
+MOST_OPTIONS = 64  # of one request; of more, none are told
 
 
 @dataclass(frozen=True)
@@ -172,14 +172,14 @@ class VllmChat:
             said = ([{"role": role, "content": text} for role, text in request.messages] for request in some)
             for place, ids in enumerate(conversation_ids(engine.tokenizer, said, prompt=True), start):
                 request = requests[place]
-                room = _room(ids, request, engine.context)
-                if not isinstance(room, int):
-                    found.append((place, room))
+                ready = _admit(ids, request, engine.context)
+                if not isinstance(ready, tuple):
+                    found.append((place, ready))
                     continue
-                if request.sampling.options:
-                    options[place] = first_tokens(engine.tokenizer, request.sampling.options)[:MOST_OPTIONS]
+                if 0 < len(request.sampling.options) <= MOST_OPTIONS:
+                    options[place] = first_tokens(engine.tokenizer, request.sampling.options)
                 try:
-                    yield place, ids.tolist(), sampling_params(request, room, options.get(place, []))
+                    yield place, ready[0], sampling_params(request, ready[1], options.get(place, []))
                 except (ValueError, RecursionError) as error:
                     found.append((place, ChatError("refused", shortened(str(error)))))
 
@@ -257,12 +257,14 @@ def _final() -> Any:
     return RequestOutputKind.FINAL_ONLY
 
 
-def _room(ids: Any, request: ChatRequest, context: int) -> int | ChatAnswer | ChatError:
+def _admit(ids: Any, request: ChatRequest, context: int) -> tuple[list[int], int] | ChatAnswer | ChatError:
+    """The prompt and how many new tokens it may have; else what is said of it without asking."""
     if isinstance(ids, HouseError):
         return ChatError("refused", str(ids))
     if not len(ids):
         return ChatError("refused", "the chat template renders this conversation as nothing")
-    return new_tokens(request.sampling, len(ids), context)
+    room = new_tokens(request.sampling, len(ids), context)
+    return (ids.tolist(), room) if isinstance(room, int) else room
 
 
 def _answer(output: Any, request: ChatRequest, options: Sequence[int]) -> ChatAnswer | ChatError:
