@@ -87,16 +87,23 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_model(folder)
     wanted = torch_dtype(dtype, device)
+    if base is None and adapter is not None:
+        base = noted_base(adapter)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with no_bars():
             model: Any = (
                 load_nf4(folder, config, wanted)
                 if is_nf4(config)
-                else load_causal(folder, config, wanted, device, base or (adapter and noted_base(adapter)))
+                else load_causal(folder, config, wanted, device, base)
             )
     except HouseError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise HouseError(
+            f"{folder} does not fit the memory of {device} beside what lies there ({error}). Free it, take a smaller"
+            " model, or store its base in NF4 (lora: {base: nf4}) where it is not"
+        ) from error
     except Exception as error:  # transformers lets through whatever safetensors, json and its own checks raise
         raise HouseError(f"{folder} holds no model that transformers can load as a causal LM: {error}") from error
     isolate(model)

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -108,7 +109,7 @@ def _generation(folder: Path) -> GenerationConfig:
 
 
 @dataclass(kw_only=True)
-class WhileLoading(QuantizationConfigMixin):  # type: ignore[misc]
+class WhileLoading(QuantizationConfigMixin):
     """What from_pretrained is asked for: quantise to NF4 on `device`. faults: what went wrong in doing so."""
 
     folder: str
@@ -166,7 +167,7 @@ class Nf4Quantizer(HfQuantizer):
             linear: Any = model.get_submodule(name)
             bias = None if linear.bias is None else linear.bias.detach()
             model.set_submodule(name, NF4Linear(q, bias, q.dtype).train(linear.training))
-        self.remove_quantization_config(model)
+        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
 
     def is_serializable(self) -> bool:
         return False

@@ -7,6 +7,9 @@ takes parameters alone and gathers parameters of several dtypes as bytes, so tha
 become frozen uint8 and fp32 parameters; buffers would stay whole. Embeddings, last norm and output layer stay whole on
 every rank, since `target_logprobs` needs the head outside the model's forward (1 GB for 128,256 x 4,096 in bf16).
 
+Each rank reads the whole model before it keeps its rows: an NF4 base quantised on its GPU as it is read (41 GB of a
+70B), any other base whole in the host's memory first. `memory.loading` says how much.
+
 Every rank must run the same number of forwards and backwards: `Spread.turns` gives one that has no pack left two tokens
 whose loss counts nothing.
 """

@@ -222,3 +222,12 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_read(
     monkeypatch.setattr(quantising.Stored, "__getitem__", None)
     with pytest.raises(HouseError, match=r"attention_dropout 0\.1; set it to 0"):
         load_model(folder, device="cpu", base="nf4")
+
+
+def test_a_device_that_is_too_small_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(weight: Tensor, **how: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(quantising, "quantise", full)
+    with pytest.raises(HouseError, match=r"does not fit the memory of cpu .* 2 GiB\). Free it"):
+        load_model(make(tmp_path / "model"), device="cpu", base="nf4")
