@@ -24,7 +24,7 @@ import httpx
 
 from ...curation.folder import HouseError, read_json
 from ...tuning.digests import model_digest
-from ...tuning.servable import needed_rank
+from ...tuning.servable import TARGETS, needed_rank
 from .guard import GRACE
 from .server import ServerChat, look
 from .settings import Serve, Server, Vllm
@@ -253,7 +253,13 @@ def vllm_command(home: Path, name: str, port: int, settings: Serve) -> list[str]
     }
     if settings.context is not None:
         said["max-model-len"] = settings.context
-    flags = ["--enable-lora", *(["--enforce-eager"] if settings.eager else []), "--no-enable-log-requests"]
+    flags = [
+        "--enable-lora",
+        "--lora-target-modules",
+        *sorted(TARGETS),
+        *(["--enforce-eager"] if settings.eager else []),
+        "--no-enable-log-requests",
+    ]
     flags += ["--disable-uvicorn-access-log"]
     pairs = [part for key, value in said.items() for part in (f"--{key}", str(value))]
     return [

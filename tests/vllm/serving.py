@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from gristmill.tuning.chat import conversation_ids
 from gristmill.tuning.models import load_model, load_tokenizer
-from gristmill.tuning.servable import ARCHITECTURES, RANKS, check_servable, needed_rank
+from gristmill.tuning.servable import ARCHITECTURES, RANKS, TARGETS, check_servable, needed_rank
 from tests.vllm.conftest import RANK, TALK
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed here: run `make test-vllm`")
@@ -51,6 +51,7 @@ def theirs(home: Path, folder: str, adapter: str | None) -> list[Any]:
         from vllm.lora.request import LoRARequest
 
         how |= {"enable_lora": True, "max_lora_rank": needed_rank(RANK)}
+        how |= {"lora_target_modules": sorted(TARGETS)}  # not the head: on a CPU, prompt_logprobs would end the engine
         request = LoRARequest("tuned", 1, str(home / adapter))
     engine = vllm.LLM(model=str(home / folder), **how)
     sampling = vllm.SamplingParams(temperature=0.0, max_tokens=NEW, prompt_logprobs=0)
