@@ -328,7 +328,10 @@ def _makers(con: Any, folder: RunFolder) -> None:
 
 
 def _told(step: Mapping[str, Any]) -> Json:
-    said = {name: sum(v.values()) if isinstance(v, dict) else v for name, v in step.get("synthesis", {}).items()}
+    told = step.get("synthesis", {})
+    said = {name: sum(v.values()) if isinstance(v, dict) else v for name, v in told.items()}
+    if told.get("model") is None:  # a maker that looks at rows as others ask: nobody answered
+        said.pop("asked", None)
     return said | {"set": step["set"], "step": step["step"], "maker": step["name"], "made": step["made"]}
 
 

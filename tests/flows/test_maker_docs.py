@@ -32,8 +32,9 @@ def script() -> dict[str, Any]:
 
 
 def parts_of(name: str) -> dict[str, str]:
-    said = (HOME / f"{name}.md").read_text(encoding="utf-8").split("\n## ")
-    return {"": said[0]} | {part.split("\n", 1)[0]: part.split("\n", 1)[1] for part in said[1:]}
+    whole = (HOME / f"{name}.md").read_text(encoding="utf-8")
+    said = re.split(rf"\n## ({'|'.join(PARTS)})\n", whole)  # rows that are shown may have headings of their own
+    return {"": said[0]} | dict(zip(said[1::2], said[2::2], strict=True))
 
 
 @pytest.mark.parametrize("name", MAKERS)
