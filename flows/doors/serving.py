@@ -31,6 +31,8 @@ from .settings import Serve, Server, Vllm
 
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3600"}  # GiB; a busy machine is slow
+# A prompt with a seed that is taken in pieces ends vLLM's engine on a CPU, whose random numbers have no offset.
+CHUNKED = "enable-chunked-prefill"
 TAIL = 12  # lines of a log in an error
 INSTALL = (
     "With a GPU: pip install vllm. Without one, as tests/vllm/requirements.txt says (`make test-vllm` makes such an"
@@ -238,6 +240,8 @@ def check_rank(adapter: Path, settings: Vllm | Serve) -> None:
 
 def vllm_command(home: Path, name: str, port: int, settings: Serve) -> list[str]:
     """The server's command line. `python -m`, since the command `vllm` is missing from the CPU build."""
+    import torch
+
     said = {
         "model": str(home.resolve()),
         "served-model-name": name,
@@ -253,14 +257,8 @@ def vllm_command(home: Path, name: str, port: int, settings: Serve) -> list[str]
     }
     if settings.context is not None:
         said["max-model-len"] = settings.context
-    flags = [
-        "--enable-lora",
-        "--lora-target-modules",
-        *sorted(TARGETS),
-        *(["--enforce-eager"] if settings.eager else []),
-        "--no-enable-log-requests",
-    ]
-    flags += ["--disable-uvicorn-access-log"]
+    flags = ["--enable-lora", "--lora-target-modules", *sorted(TARGETS), "--no-enable-log-requests"]
+    flags += ["--disable-uvicorn-access-log", *(["--enforce-eager"] if settings.eager else [])]
     pairs = [part for key, value in said.items() for part in (f"--{key}", str(value))]
     return [
         settings.python or sys.executable,
