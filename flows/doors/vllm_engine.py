@@ -31,7 +31,7 @@ from ...tuning.generate import first_tokens, new_tokens
 from ...tuning.models import load_tokenizer
 from ...tuning.score import Scorer
 from ...tuning.servable import TARGETS, check_servable
-from .serving import ON_CPU, check_installed, check_rank
+from .serving import CHUNKED, ON_CPU, check_installed, check_rank
 from .settings import Vllm
 from .wire import Told, in_order, shortened
 
@@ -323,6 +323,8 @@ def load(home: Path, settings: Vllm, lora: bool) -> Any:
         "max_logprobs": MOST_OPTIONS,
         "generation_config": "vllm",  # no sampling but what a request says; end tokens are read all the same
     }
+    if not torch.cuda.is_available():
+        how[CHUNKED.replace("-", "_")] = False
     if lora:  # named, so that the head takes none: on a CPU its adapters break log-probabilities of prompts
         how |= {"enable_lora": True, "max_lora_rank": settings.max_lora_rank, "max_loras": settings.adapters}
         how |= {"lora_target_modules": sorted(TARGETS)}

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from gristmill.curation.door import ChatAnswer, ChatRequest, Sampling
 from gristmill.curation.folder import HouseError
@@ -158,6 +159,7 @@ def test_what_vllm_is_told(model: Path) -> None:
         pairs["--max-model-len"] == "64" and pairs["--host"] == "127.0.0.1" and pairs["--generation-config"] == "vllm"
     )
     assert "--enforce-eager" in said and "--enable-lora" in said
+    assert ("--no-enable-chunked-prefill" in said) != torch.cuda.is_available()  # its engine would die on a CPU
 
 
 @pytest.mark.parametrize(
