@@ -259,6 +259,7 @@ def vllm_command(home: Path, name: str, port: int, settings: Serve) -> list[str]
         said["max-model-len"] = settings.context
     flags = ["--enable-lora", "--lora-target-modules", *sorted(TARGETS), "--no-enable-log-requests"]
     flags += ["--disable-uvicorn-access-log", *(["--enforce-eager"] if settings.eager else [])]
+    flags += [] if torch.cuda.is_available() else [f"--no-{CHUNKED}"]
     pairs = [part for key, value in said.items() for part in (f"--{key}", str(value))]
     return [
         settings.python or sys.executable,
