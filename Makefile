@@ -12,7 +12,7 @@ demo: $(VENV)/.all
 	$(BIN)/gristmill demo --out demo
 
 test: $(VENV)/.test
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 # vLLM's CPU build in an environment of its own: the door's tests through a server and in process, and what we export is
 # served there and compared. Some 4 GB.
