@@ -197,10 +197,10 @@ stages:
                   model: previous
                   set_name: clean
                   verifier: {Matches: {pattern: "a"}}
-                  prompts: 10
+                  prompts: 20
                   test_prompts: 0
                   answers: 6
-                  max_tokens: 32
+                  max_tokens: 48
                   seed: ${round}
               - EqualAnswers
         - dpo: {set: pairs, model: base, start: previous, max_steps: 2, TRAINING}
