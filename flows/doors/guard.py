@@ -1,7 +1,8 @@
 """Runs a command that must not outlive who started it: `python -m gristmill.flows.doors.guard COMMAND…`.
 
 The guard's standard input is a pipe that its parent holds open. When the pipe ends, because the parent closed it or
-died, however it died, the command's whole process group is ended. Imports nothing but the standard library.
+died, however it died, the command's whole process group is ended. `… guard --kill PID…` kills those processes then,
+where they were started by somebody else. Imports nothing but the standard library.
 """
 
 import contextlib
@@ -36,6 +37,18 @@ def main(command: list[str]) -> int:
     return process.returncode
 
 
+def kill_after(pids: list[int]) -> int:
+    """Waits for the end of the parent, then kills."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    while os.read(0, 1024):
+        pass
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+    return 0
+
+
 def end_group(process: "subprocess.Popen[bytes]") -> None:
     """Ends the process and all that it started, gently first: what it leaves behind is killed."""
     signal_group(process.pid, signal.SIGTERM)
@@ -52,4 +65,5 @@ def signal_group(group: int, number: signal.Signals) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    first, *rest = sys.argv[1:]
+    raise SystemExit(kill_after(list(map(int, rest))) if first == "--kill" else main([first, *rest]))

@@ -11,6 +11,8 @@ answer from there on. On GPUs that vLLM lists for it, VLLM_BATCH_INVARIANT=1 buy
 import json
 import os
 import queue
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -72,12 +74,14 @@ class Engine:
         self.home, self.settings, self.lora = home, settings or Vllm(), lora
         self.digest, self.tokenizer = model_digest(home), load_tokenizer(home)
         self._adapters: dict[str, Any] = {}
+        before = _children()
         engine = (load(home, self.settings, lora) if llm is None else llm).llm_engine
+        watch = _watch(_children() - before)
         self.context = int(engine.model_config.max_model_len)
         self._inbox: queue.SimpleQueue[_Job | _Drop | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=_pump, args=(engine, self._inbox), name="vllm", daemon=True)
         self._thread.start()
-        self._end = weakref.finalize(self, _end, self._inbox, self._thread)
+        self._end = weakref.finalize(self, _end, self._inbox, self._thread, watch)
 
     def close(self) -> None:
         """Ends the engine and gives its memory back. Twice does no harm."""
@@ -403,7 +407,23 @@ def _pump(engine: Any, inbox: "queue.SimpleQueue[_Job | _Drop | None]") -> None:
         engine.engine_core.shutdown(timeout=10)
 
 
-def _end(inbox: "queue.SimpleQueue[_Job | _Drop | None]", thread: threading.Thread) -> None:
+def _end(
+    inbox: "queue.SimpleQueue[_Job | _Drop | None]", thread: threading.Thread, watch: "subprocess.Popen[bytes]"
+) -> None:
     inbox.put(None)
     if thread is not threading.current_thread():
         thread.join(60.0)
+    watch.kill()
+    watch.communicate()
+
+
+def _children() -> set[int]:
+    import psutil  # vLLM needs it
+
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def _watch(pids: set[int]) -> "subprocess.Popen[bytes]":
+    """A process that kills vLLM's own, which outlive this one where it is killed."""
+    command = [sys.executable, "-m", f"{__package__}.guard", "--kill", *map(str, sorted(pids))]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

@@ -137,6 +137,19 @@ def test_a_server_ends_with_its_parent_however_that_dies(model: Path, tmp_path: 
     assert gone(engine_of(log))
 
 
+def test_an_engine_s_processes_end_with_the_run_that_is_killed() -> None:
+    script = (
+        "import os, signal, subprocess, sys\n"
+        "from gristmill.flows.doors.vllm_engine import _watch\n"
+        "engine = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "_watch({engine.pid})\n"
+        "print(engine.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, timeout=120)
+    assert killed.returncode == -signal.SIGKILL and gone(int(killed.stdout))
+
+
 def test_without_vllm_it_is_said_what_to_install(model: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("vllm") is not None:
         pytest.skip("vLLM is installed here")
