@@ -72,7 +72,8 @@ class Workshop:
             return out / "model", None
         if not (out / "adapter" / "adapter_config.json").is_file():
             raise HouseError(f"stage {name!r} has no model yet in {out}: it has not finished")
-        return self.base_folder(name), out / "adapter"
+        base = self.base_folder(name) if stage.start is None else self.where(stage.start)[0]
+        return base, out / "adapter"  # an adapter that continues full weights lies on those
 
     def is_made(self, name: str) -> bool:
         """Whether the model is made or distilled in a run."""

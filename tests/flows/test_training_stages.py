@@ -121,3 +121,25 @@ def test_what_vllm_would_not_serve_is_not_trained_where_it_is_to_be_asked_throug
     with pytest.raises(HouseError) as told:  # nothing is curated in this folder: it gets that far
         train_stage(folder, Workshop(plain, folder), plain.trained()["sft"], lambda done, total: None)
     assert "vLLM" not in str(told.value)
+
+
+def test_an_adapter_that_continues_full_weights_lies_on_those(tmp_path: Path) -> None:
+    recipe = load_text(
+        "name: two\nsources:\n  rows: {path: rows.jsonl, licence: MIT}\nmodels:\n  base: {path: models/base}\nstages:\n"
+        "  - curate: {set: chats, sources: [rows]}\n"
+        "  - sft: {set: chats, model: base, lora: null}\n"
+        "  - sft: {set: chats, model: base, name: more, start: sft}\n"
+        "  - sft: {set: chats, model: base, name: third, start: more}\n"
+    )
+    folder = RunFolder(tmp_path / "out")
+    for name, file in (
+        ("sft", "model/config.json"),
+        ("more", "adapter/adapter_config.json"),
+        ("third", "adapter/adapter_config.json"),
+    ):
+        (folder.stage(name) / file).parent.mkdir(parents=True)
+        (folder.stage(name) / file).write_text("{}")
+    shop, full = Workshop(recipe, folder), folder.stage("sft") / "model"
+    assert shop.where("sft") == (full, None)
+    assert shop.where("more") == (full, folder.stage("more") / "adapter")
+    assert shop.where("third") == (full, folder.stage("third") / "adapter")
