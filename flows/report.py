@@ -356,8 +356,10 @@ def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> Json | None:
     ticks = [
         {"y": round(HEIGHT * (1 - (tick - low) / (high - low)), 1), "value": tick} for tick in _ticks(low, high, most=4)
     ]
-    return {"name": name.replace("_", " "), "raw": line(values), "smooth": line(smooth), "ticks": ticks, "first": first, "last": last,
-            "begin": float(smooth[0]), "end": float(smooth[-1])}  # fmt: skip
+    return {
+        "name": name.replace("_", " "), "raw": line(values), "smooth": line(smooth), "ticks": ticks,
+        "first": first, "last": last, "begin": float(smooth[0]), "end": float(smooth[-1]),
+    }  # fmt: skip
 
 
 def _evaluation(rows: Sequence[Mapping[str, Any]]) -> Json:
