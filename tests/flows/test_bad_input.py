@@ -102,7 +102,7 @@ EMBED, SCORE = "KMeansQuality: {budget: 10, k: 3, embedding: m}", "PerplexityQua
         ({"modules.json": "[{"}, "FOLDER", "FOLDER/modules.json cannot be read"),
         ({"config.json": "{", "model.safetensors": "x"}, "FOLDER", "FOLDER holds no "),
         ({"config.json": "[]", "model.safetensors": "x"}, "FOLDER", "FOLDER holds no "),
-        ({"config.json": '{"model_type": "vit"}', "model.safetensors": "x"}, "FOLDER", "FOLDER holds no "),
+        ({"config.json": '{"model_type": "vit"}', "model.safetensors": "x"}, "FOLDER", "FOLDER/model.safetensors is damaged or not whole"),
     ],
 )
 def test_a_model_that_is_not_one(
