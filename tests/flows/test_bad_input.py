@@ -89,6 +89,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 # ---- models
 
 
+EMPTY = "\x02" + "\0" * 7 + "{}"  # a sound file of weights that holds none
 EMBED, SCORE = "KMeansQuality: {budget: 10, k: 3, embedding: m}", "PerplexityQuantile: {model: m}"
 
 
@@ -102,7 +103,7 @@ EMBED, SCORE = "KMeansQuality: {budget: 10, k: 3, embedding: m}", "PerplexityQua
         ({"modules.json": "[{"}, "FOLDER", "FOLDER/modules.json cannot be read"),
         ({"config.json": "{", "model.safetensors": "x"}, "FOLDER", "FOLDER holds no "),
         ({"config.json": "[]", "model.safetensors": "x"}, "FOLDER", "FOLDER holds no "),
-        ({"config.json": '{"model_type": "vit"}', "model.safetensors": "x"}, "FOLDER", "FOLDER/model.safetensors is damaged or not whole"),
+        ({"config.json": '{"model_type": "vit"}', "model.safetensors": EMPTY}, "FOLDER", "FOLDER holds no "),
     ],
 )
 def test_a_model_that_is_not_one(
