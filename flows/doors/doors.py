@@ -2,13 +2,15 @@
 behind. What was asked and spent is told after each step and written into the run, as spend.json."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...curation.door import ChatModel
 from ...curation.folder import HouseError, read_json, write_json
 from ...curation.rows import digest as digest_of
+from ...tuning.servable import needed_rank
 from ..progress import interrupts_wait
 from .kept import Answers, KeptChat
 from .settings import Serve, Server, Vllm
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from .serving import Serving
     from .vllm_engine import VllmChat
 
+E = TypeVar("E", Vllm, Serve)
 UNKNOWN = "unknown"  # a licence that nobody stated
 
 
@@ -114,8 +117,8 @@ class Doors:
             from .vllm_engine import Engine, VllmChat
 
         home, adapter = self.shop.where(name)
-        lora = any(stage.model == self.shop.base(name) for stage in self.shop.recipe.trained().values())
-        engine = self.shop.kept(f"vllm {home} {settings}", lambda: Engine(home, settings, lora=lora))
+        ranks, settings = self._ranks(name), self._fitted(name, settings)
+        engine = self.shop.kept(f"vllm {home} {settings}", lambda: Engine(home, settings, lora=bool(ranks)))
         chat = VllmChat(home, adapter, settings, engine=engine)
         chat.name = name  # as the recipe calls it, not where it lies
         return chat
@@ -130,7 +133,8 @@ class Doors:
         if serving is None or not serving.running:
             log = self.shop.folder.root / "answers" / f"vllm-{self.shop.base(name)}.log"
             base = self.shop.base(name) if adapter is not None else name
-            self._servings[home] = serving = Serving(home, settings, log=log, name=base, note=self.note)
+            fitted = self._fitted(name, settings)
+            self._servings[home] = serving = Serving(home, fitted, log=log, name=base, note=self.note)
         spec, spend = self.spec(name), self.spends.get(name)
         chat = serving.chat(
             name,
@@ -141,6 +145,18 @@ class Doors:
             spend=spend,
         )
         return chat
+
+    def _ranks(self, name: str) -> list[int]:
+        """Of the adapters that the recipe trains on the model."""
+        stages = [one for one in self.shop.recipe.trained().values() if one.model == self.shop.base(name)]
+        return [one.settings.lora.rank for one in stages if one.settings.lora is not None]
+
+    def _fitted(self, name: str, settings: E) -> E:
+        """The settings with the rank that the recipe's adapters need, where they leave it open."""
+        ranks = self._ranks(name)
+        if settings.max_lora_rank is not None or not ranks:
+            return settings
+        return replace(settings, max_lora_rank=needed_rank(max(ranks)))
 
     def before_training(self) -> None:
         """Ends the servers that are not to stay beside training; they start again when they are asked."""

@@ -27,7 +27,7 @@ from ...tuning.digests import model_digest
 from ...tuning.servable import TARGETS, needed_rank
 from .guard import GRACE
 from .server import ServerChat, look
-from .settings import Serve, Server, Vllm
+from .settings import Serve, Server, Vllm, lora_rank
 
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3600"}  # GiB; a busy machine is slow
@@ -231,9 +231,9 @@ def check_rank(adapter: Path, settings: Vllm | Serve) -> None:
         raise HouseError(f"{adapter} holds no adapter_config.json: give the folder of a LoRA adapter")
     said = read_json(path)
     rank = max([said.get("r", 0), *(said.get("rank_pattern") or {}).values()])
-    if rank > settings.max_lora_rank:
+    if rank > lora_rank(settings):
         raise HouseError(
-            f"the adapter in {adapter} has rank {rank}, and vLLM was started for {settings.max_lora_rank}: give the"
+            f"the adapter in {adapter} has rank {rank}, and vLLM was started for {lora_rank(settings)}: give the"
             f" model `max_lora_rank: {needed_rank(rank) or 512}`"
         )
 
@@ -250,7 +250,7 @@ def vllm_command(home: Path, name: str, port: int, settings: Serve) -> list[str]
         "dtype": settings.dtype,
         "seed": settings.seed,
         "max-num-seqs": settings.concurrency,
-        "max-lora-rank": settings.max_lora_rank,
+        "max-lora-rank": lora_rank(settings),
         "max-loras": settings.adapters,
         "gpu-memory-utilization": settings.memory,
         "generation-config": "vllm",  # no sampling but what a request says; end tokens are read all the same

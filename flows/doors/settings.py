@@ -67,16 +67,17 @@ class Vllm:
     """vLLM in process. dtype: auto, bfloat16, float16 or float32. context: tokens of prompt and answer, by default the
     model's own. eager: no compilation (starts sooner, answers slower). memory: share of the GPU's memory to take; on a
     CPU the environment variable VLLM_CPU_KVCACHE_SPACE says how many GiB the cache has. concurrency: sequences under
-    way at once. max_lora_rank: of the adapters that it may be given; adapters: how many answer in one batch. seed: the
-    engine's own; every request has its own besides. scores: log-probabilities of responses, which judges ask for, are
-    measured through vLLM too, and not by transformers."""
+    way at once. max_lora_rank: of the adapters that it may be given, by default the least that the recipe's stages need
+    (a CPU computes with all of it); adapters: how many answer in one batch. seed: the engine's own; every request has
+    its own besides. scores: log-probabilities of responses, which judges ask for, are measured through vLLM too, and
+    not by transformers."""
 
     dtype: str = "auto"
     context: int | None = None
     eager: bool = False
     memory: float = 0.9
     concurrency: int = 256
-    max_lora_rank: int = 64
+    max_lora_rank: int | None = None
     adapters: int = 4
     seed: int = 0
     scores: bool = False
@@ -102,7 +103,7 @@ class Serve:
     eager: bool = False
     memory: float = 0.4
     concurrency: int = 256
-    max_lora_rank: int = 64
+    max_lora_rank: int | None = None
     adapters: int = 4
     seed: int = 0
     stay: bool = True
@@ -121,6 +122,12 @@ class Serve:
 
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+LORA_RANK = 64  # where neither the settings nor a recipe's stages say it
+
+
+def lora_rank(settings: Vllm | Serve) -> int:
+    """The largest rank of an adapter that the engine takes."""
+    return settings.max_lora_rank or LORA_RANK
 
 
 def check_engine(settings: Vllm | Serve) -> None:
@@ -132,7 +139,7 @@ def check_engine(settings: Vllm | Serve) -> None:
         raise HouseError(f"{name}: memory is a share of the GPU's memory, above 0 and at most 1, not {settings.memory}")
     if min(settings.concurrency, settings.adapters, 1 if settings.context is None else settings.context) < 1:
         raise HouseError(f"{name}: concurrency, adapters and context are at least 1")
-    if settings.max_lora_rank not in RANKS:
+    if settings.max_lora_rank not in (None, *RANKS):
         raise HouseError(f"{name}: max_lora_rank is one of {', '.join(map(str, RANKS))}, not {settings.max_lora_rank}")
 
 

@@ -34,7 +34,7 @@ from ...tuning.models import load_tokenizer
 from ...tuning.score import Scorer
 from ...tuning.servable import TARGETS, check_servable
 from .serving import CHUNKED, ON_CPU, check_installed, check_rank
-from .settings import Vllm
+from .settings import Vllm, lora_rank
 from .wire import Told, in_order, shortened
 
 AT_ONCE = 256  # requests rendered, and taken in between two steps, at once
@@ -330,7 +330,7 @@ def load(home: Path, settings: Vllm, lora: bool) -> Any:
     if not torch.cuda.is_available():
         how[CHUNKED.replace("-", "_")] = False
     if lora:  # named, so that the head takes none: on a CPU its adapters break log-probabilities of prompts
-        how |= {"enable_lora": True, "max_lora_rank": settings.max_lora_rank, "max_loras": settings.adapters}
+        how |= {"enable_lora": True, "max_lora_rank": lora_rank(settings), "max_loras": settings.adapters}
         how |= {"lora_target_modules": sorted(TARGETS)}
     try:
         return LLM(model=str(home.resolve()), **how)

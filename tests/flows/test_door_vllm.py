@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from gristmill.curation.door import ChatAnswer, ChatRequest, Sampling
-from gristmill.curation.folder import HouseError
+from gristmill.curation.folder import HouseError, RunFolder
 from gristmill.flows.doors import serving
 from gristmill.flows.doors.serving import Serving, vllm_command
 from gristmill.flows.doors.settings import Serve, Vllm
+from gristmill.flows.models import Workshop
 from gristmill.flows.progress import Silent
 from gristmill.flows.recipe import dump, load_text
 from gristmill.flows.run import run
@@ -220,6 +221,21 @@ def test_what_a_model_cannot_say(small: str, said: str) -> None:
     with pytest.raises(HouseError) as caught:
         load_text(RECIPE.replace("SMALL", small))
     assert said in str(caught.value)
+
+
+def test_adapters_of_a_recipe_say_for_which_rank_vllm_is_started(tmp_path: Path) -> None:
+    def rank(small: str, stages: str = "") -> int | None:
+        text = RECIPE.replace("SMALL", small) + stages
+        doors = Workshop(load_text(text), RunFolder(tmp_path / "out")).doors
+        spec = doors.spec("small")
+        return doors._fitted("small", spec.serve or spec.vllm or Vllm()).max_lora_rank
+
+    stages = "".join(f"  - sft: {{set: clean, model: small, name: s{n}, lora: {{rank: {n}}}}}\n" for n in (4, 12))
+    for kind in ("vllm", "serve"):
+        assert rank(f"{{path: a, {kind}: {{}}}}") is None
+        assert rank(f"{{path: a, {kind}: {{}}}}", stages) == 16  # the least that vLLM knows above 12
+        assert rank(f"{{path: a, {kind}: {{max_lora_rank: 128}}}}", stages) == 128
+        assert rank(f"{{path: a, {kind}: {{}}}}", "  - sft: {set: clean, model: small, lora: null}\n") is None
 
 
 def test_a_run_starts_one_server_and_ends_it(stub: None, model: Path, tmp_path: Path) -> None:
