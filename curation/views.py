@@ -140,12 +140,15 @@ def stages(folder: RunFolder) -> list[Json]:
 
 
 def _places(folder: RunFolder) -> Callable[[str], tuple[int, str]]:
-    """Sort key of the names of sets and stages: as recipe.yaml first names them, others after them by name."""
+    """Sort key of the names of sets and stages: as the stages of recipe.yaml first name them, others after them by
+    name."""
     names: list[str] = []
     if folder.recipe.is_file():
         for event in yaml.parse(folder.recipe.read_text(encoding="utf-8"), Loader=yaml.SafeLoader):
             if isinstance(event, yaml.ScalarEvent):
                 names.append(event.value)
+    if "stages" in names:  # a model may name its corpus before
+        names = names[names.index("stages") :]
     return lambda name: (names.index(name) if name in names else len(names), name)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gristmill.curation import views
-from gristmill.curation.folder import HouseError, RunFolder
+from gristmill.curation.folder import HouseError, RunFolder, write_json
 
 write_run = runpy.run_path(str(Path(__file__).with_name("fake_run.py")))["write_run"]
 
@@ -64,6 +64,15 @@ def test_long_and_wide_measures_agree(fake: Any) -> None:
     wide = 'select sum(response_words) from measure."Length-0123456789ab"'
     assert views.query(fake.folder, long)[1] == [(sum(fake.words.values()),)]
     assert views.query(fake.folder, wide)[1] == [(sum(fake.words.values()),)]
+
+
+def test_sets_come_in_the_order_of_the_stages_whatever_a_model_names_before(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for name in ("made", "clean", "extra"):
+        write_json(folder.ledger / name / "set.json", {"set": name})
+    text = "models: {m: {corpus: made}}\nstages:\n- curate: {set: clean}\n- curate: {set: made}\n"
+    folder.recipe.write_text(text, encoding="utf-8")
+    assert [one["set"] for one in views.sets(folder)] == ["clean", "made", "extra"]
 
 
 def test_unfinished_step_and_source_do_not_show(tmp_path: Path) -> None:
