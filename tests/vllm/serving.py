@@ -56,7 +56,10 @@ def theirs(home: Path, folder: str, adapter: str | None) -> list[Any]:
     engine = vllm.LLM(model=str(home / folder), **how)
     sampling = vllm.SamplingParams(temperature=0.0, max_tokens=NEW, prompt_logprobs=0)
     asked = [{"prompt_token_ids": prompt} for prompt in prompts(home)]
-    return list(engine.generate(asked, sampling, lora_request=request, use_tqdm=False))
+    try:
+        return list(engine.generate(asked, sampling, lora_request=request, use_tqdm=False))
+    finally:
+        engine.llm_engine.engine_core.shutdown(timeout=10)
 
 
 @pytest.mark.parametrize(("folder", "adapter"), [("merged", None), ("base", "adapter")], ids=["merged", "adapter"])
