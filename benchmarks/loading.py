@@ -30,6 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from tables import show
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 8192},
@@ -224,14 +225,6 @@ def hardware() -> str:
 def versions() -> dict[str, str]:
     names = ("torch", "transformers", "safetensors", "bitsandbytes", "peft")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    names = list(rows[0])
-    lines = [names, *[[str(row[name]) for name in names] for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 if __name__ == "__main__":

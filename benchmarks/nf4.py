@@ -26,6 +26,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from tables import show
 
 from gristmill.kernels import nf4
 
@@ -154,14 +155,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "absent"
     return found
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    names = list(rows[0])
-    lines = [names, *[[str(row[name]) for name in names] for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 if __name__ == "__main__":
