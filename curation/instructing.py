@@ -124,6 +124,17 @@ def listed(text: str, finished: bool = True) -> list[str]:
     return [item for item in told if item]
 
 
+def lists(session: Session, asks: Sequence[Ask]) -> Iterator[tuple[Ask, ChatAnswer, list[str]]]:
+    """The items that each answer lists, with it and its request. Answers that list nothing are counted as unparsed."""
+    for ask, answer in session.ask(asks):
+        items = listed(answer.text, answer.finished)
+        if items:
+            session.tally.parsed += 1
+            yield ask, answer, items
+        else:
+            session.unparsed("no_list" if answer.text.strip() else "empty")
+
+
 def answers(
     session: Session, made: Sequence[Instruction], sampling: Sampling, *seed: object
 ) -> Iterator[tuple[Instruction, Ask, ChatAnswer]]:
@@ -151,3 +162,12 @@ def instruction_row(
     turns += [message("user", one.text), message("assistant", answer.text.strip())]
     about = {**one.meta, **(meta or {}), "instruction_made": (asker or session).origin(one.ask, one.answer)}
     return session.row(ask, answer, about, messages=turns)
+
+
+def answered(
+    session: Session, made: Sequence[Instruction], sampling: Sampling, *seed: object, answerer: str | None = None
+) -> list[Row]:
+    """The rows of instructions and their answers, in order. answerer: the model that answers; None: the session's."""
+    author = session if answerer is None else session.beside(answerer)
+    told = answers(author, made, sampling, *seed)
+    return [instruction_row(author, one, ask, answer, asker=session) for one, ask, answer in told]

@@ -193,6 +193,11 @@ def _json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
+def sampling_of(maker: Any) -> Sampling:
+    """How a maker with these fields samples."""
+    return Sampling(temperature=maker.temperature, top_p=maker.top_p, max_tokens=maker.max_tokens)
+
+
 def asking(
     prompt: Prompt | None,
     turns: tuple[tuple[str, str], ...],

@@ -13,9 +13,8 @@ from ..door import ChatAnswer
 from ..folder import HouseError
 from ..rows import Row, digest, message, table
 from ..steps import Corpus
-from ..synthesis import Ask, Prompt, Session, asking, prompt
+from ..synthesis import Ask, Prompt, Session, asking, prompt, sampling_of
 from ..text_tasks import TASKS, Exercise, TextTask, copied, exercise, one_of, read, within
-from .rejection_sampling import sampling_of
 
 PIPE = "<|pipe|>"  # between instruction and response, as the model Bonito writes them
 CONTEXT = "{{context}}"  # where that model wants the text put in

@@ -14,9 +14,8 @@ from ..instructing import Instruction, answers, instruction_row, seeds
 from ..preferring import heard, usable
 from ..rows import table
 from ..steps import Corpus
-from ..synthesis import Ask, Prompt, Session, asking, prompt
+from ..synthesis import Ask, Prompt, Session, asking, prompt, sampling_of
 from ..text.view import normal, words
-from .rejection_sampling import sampling_of
 
 DEPTH = ("constrain", "deepen", "concretise", "reason", "complicate")
 OPERATORS = (*DEPTH, "breadth")

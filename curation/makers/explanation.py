@@ -10,14 +10,13 @@ import pyarrow as pa
 from ..beside import verified
 from ..door import ChatAnswer
 from ..folder import HouseError
-from ..instructing import Instruction, Seed, answers, drawn, instruction_row, listed, seeds
+from ..instructing import Instruction, Seed, answered, drawn, lists, seeds
 from ..preferring import usable
 from ..rows import Row, message, table
 from ..steps import Corpus
-from ..synthesis import Ask, Session, asking, prompt
+from ..synthesis import Ask, Session, asking, prompt, sampling_of
 from ..text.view import normal
 from ..verifying import Case, Finding, Verifier
-from .rejection_sampling import sampling_of
 
 
 @dataclass(frozen=True)
@@ -61,19 +60,14 @@ class LaMini:
             given, lost = seeds(corpus, self.set_name, self.limit, self.seed)
             corpus.record(not_asked=dict(sorted(lost.items())))
             made = list(self._instructions(session, given)) if given else []
-            told = answers(session, made, sampling_of(self), "lamini", self.seed)
-            rows = [instruction_row(session, one, ask, answer) for one, ask, answer in told]
+            rows = answered(session, made, sampling_of(self), "lamini", self.seed)
             if rows:
                 yield table(rows)
 
     def _instructions(self, session: Session, given: Sequence[Seed]) -> Iterator[Instruction]:
         seen = {normal(one.text) for one in given}
-        for ask, answer in session.ask([self._ask(given, request) for request in range(self.requests)]):
-            items = listed(answer.text, answer.finished)
-            if not items:
-                session.unparsed("no_list" if answer.text.strip() else "empty")
-                continue
-            session.tally.parsed += 1
+        asks = [self._ask(given, request) for request in range(self.requests)]
+        for ask, answer, items in lists(session, asks):
             for place, text in enumerate(items):
                 if place >= self.wanted or normal(text) in seen:
                     session.refused("too_many" if place >= self.wanted else "duplicate")

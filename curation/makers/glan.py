@@ -10,7 +10,7 @@ from ..asking import seed_of
 from ..door import Sampling
 from ..folder import HouseError
 from ..inputs import files_inputs
-from ..instructing import answers, drawn, instruction_row
+from ..instructing import answered, drawn
 from ..listing import listings, lone_instructions
 from ..rows import digest, table
 from ..steps import Corpus
@@ -92,12 +92,8 @@ class Glan:
             asks = [ask for syllabus in self._syllabi(session, subjects) for ask in self._questions(syllabus)]
             corpus.record(taxonomy=_told(places, subjects, asks))
             made = lone_instructions(session, asks)
-            author = session if self.answerer is None else session.beside(self.answerer)
             sampling = Sampling(self.answer_temperature, self.top_p, self.max_tokens)
-            rows = [
-                instruction_row(author, one, ask, answer, asker=session)
-                for one, ask, answer in answers(author, made, sampling, "glan", self.seed)
-            ]
+            rows = answered(session, made, sampling, "glan", self.seed, answerer=self.answerer)
             if rows:
                 yield table(rows)
 

@@ -14,10 +14,9 @@ from ..folder import HouseError
 from ..preferring import usable
 from ..rows import Row, digest, made_row, message, table
 from ..steps import Corpus
-from ..synthesis import Ask, Session, asking, prompt
+from ..synthesis import Ask, Session, asking, prompt, sampling_of
 from ..text.sentences import sentences
 from ..text_tasks import within
-from .rejection_sampling import sampling_of
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pyarrow as pa
 from ..door import Sampling
 from ..folder import HouseError
 from ..inputs import files_inputs, read_text
-from ..instructing import answers, drawn, instruction_row
+from ..instructing import answered, drawn
 from ..listing import listings, lone_instructions
 from ..rows import ROW, digest, table
 from ..steps import Corpus
@@ -83,12 +83,8 @@ class Personas:
         with Session(self, corpus, self.model, "personas") as session:
             people = self._people(session)
             made = lone_instructions(session, [ask for one in people for ask in self._tasks(one)])
-            author = session if self.answerer is None else session.beside(self.answerer)
             sampling = Sampling(self.answer_temperature, self.top_p, self.max_tokens)
-            rows = [
-                instruction_row(author, one, ask, answer, asker=session)
-                for one, ask, answer in answers(author, made, sampling, "personas", self.seed)
-            ]
+            rows = answered(session, made, sampling, "personas", self.seed, answerer=self.answerer)
             if rows:
                 yield table(rows)
 

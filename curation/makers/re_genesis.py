@@ -11,10 +11,9 @@ from ..beside import verified
 from ..folder import HouseError
 from ..rows import Row, message, table
 from ..steps import Corpus
-from ..synthesis import Ask, Session, asking, prompt
+from ..synthesis import Ask, Session, asking, prompt, sampling_of
 from ..text.view import normal
 from ..verifying import Verifier
-from .rejection_sampling import sampling_of
 
 if TYPE_CHECKING:
     from ..sampling import Question

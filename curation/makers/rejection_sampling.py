@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import pyarrow as pa
 
 from ..asking import seed_of
-from ..door import Sampling
 from ..folder import HouseError
 from ..rows import Row, message, table
 from ..steps import Corpus
-from ..synthesis import Prompt, Session, prompt
+from ..synthesis import Prompt, Session, prompt, sampling_of
 from ..verifying import Verifier
 
 if TYPE_CHECKING:
@@ -163,11 +162,6 @@ class RightAgainstWrong:
 
 
 Sampled = RejectionSampling | RightAgainstWrong
-
-
-def sampling_of(maker: Any) -> Sampling:
-    """How a maker with these fields samples."""
-    return Sampling(temperature=maker.temperature, top_p=maker.top_p, max_tokens=maker.max_tokens)
 
 
 def _sampled(maker: Sampled, session: Session, budget: "Budget") -> "list[Question]":

@@ -14,9 +14,8 @@ from ..folder import HouseError
 from ..preferring import usable
 from ..rows import Row, digest, message, table
 from ..steps import Corpus
-from ..synthesis import Ask, Session, asking, prompt
+from ..synthesis import Ask, Session, asking, prompt, sampling_of
 from ..text.view import words
-from .rejection_sampling import sampling_of
 
 STYLES = ("easy", "medium", "hard", "qa")
 GRAM = 5  # words

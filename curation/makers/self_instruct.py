@@ -9,14 +9,13 @@ import pyarrow as pa
 
 from ..door import ChatAnswer, Sampling
 from ..folder import HouseError
-from ..instructing import Instruction, Seed, drawn, listed, seeds
+from ..instructing import Instruction, Seed, drawn, lists, seeds
 from ..rows import Row, message, table
 from ..steps import Corpus
-from ..synthesis import Ask, Session, asking, prompt
+from ..synthesis import Ask, Session, asking, prompt, sampling_of
 from ..text.instances import Instance, fitting, parse_instances, parse_yes
 from ..text.rouge import Alike
 from ..text.view import words
-from .rejection_sampling import sampling_of
 
 KEYWORDS = (
     "image", "images", "graph", "graphs", "picture", "pictures", "photo", "file", "files", "map", "maps", "draw",
@@ -115,12 +114,7 @@ class SelfInstruct:
 
     def _tasks(self, session: Session, asks: Sequence[Ask], known: Alike) -> Iterator[Instruction]:
         """The new tasks that pass; `known` grows by them."""
-        for ask, answer in session.ask(asks):
-            items = listed(answer.text, answer.finished)
-            if not items:
-                session.unparsed("no_list" if answer.text.strip() else "empty")
-                continue
-            session.tally.parsed += 1
+        for ask, answer, items in lists(session, asks):
             for place, task in enumerate(items):
                 problem = task_problem(task, self.low, self.high, self.keywords)
                 if place >= self.tasks:

@@ -13,10 +13,9 @@ from ..measures.language import LABELS, LEAST, language_of, prose
 from ..preferring import usable
 from ..rows import Row, digest, message, table
 from ..steps import Corpus
-from ..synthesis import Ask, Session, asking, prompt
+from ..synthesis import Ask, Session, asking, prompt, sampling_of
 from ..text.verbatim import changed, translatable
 from ..text.view import normal
-from .rejection_sampling import sampling_of
 
 What = Literal["system", "user", "assistant", "text"]
 WHAT: tuple[What, ...] = ("system", "user", "assistant", "text")
