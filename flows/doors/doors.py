@@ -136,7 +136,7 @@ class Doors:
             fitted = self._fitted(name, settings)
             self._servings[home] = serving = Serving(home, fitted, log=log, name=base, note=self.note)
         spec, spend = self.spec(name), self.spends.get(name)
-        chat = serving.chat(
+        return serving.chat(
             name,
             adapter,
             licence=spec.licence or UNKNOWN,
@@ -144,7 +144,6 @@ class Doors:
             budget=spec.budget,
             spend=spend,
         )
-        return chat
 
     def _ranks(self, name: str) -> list[int]:
         """Of the adapters that the recipe trains on the model."""

@@ -53,9 +53,8 @@ def write_cassette(path: Path, recipe: Recipe, solutions: Path) -> int:
 
 
 def _answers(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[ChatRequest, ChatAnswer]]:
-    from ...curation.makers.rejection_sampling import sampling_of
     from ...curation.sampling import Question, question_of, sample_ask
-    from ...curation.synthesis import prompt
+    from ...curation.synthesis import prompt, sampling_of
 
     for maker in samplers(recipe):
         solve = prompt(maker.solve)
