@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pyarrow as pa
 
-from ..door import Sampling
+from ..beside import verified
+from ..door import ChatAnswer, Sampling
 from ..folder import HouseError
 from ..rows import Row, message, table
 from ..steps import Corpus
@@ -52,7 +53,7 @@ class CleanCode:
         """One table of new rows."""
         with Session(self, corpus, self.model, "clean_code") as session:
             work = self._right(corpus, session)
-            accepted: dict[str, list[tuple[str, Ask, Any]]] = {}
+            accepted: dict[str, list[tuple[str, Ask, ChatAnswer]]] = {}
             for step in self.steps:
                 self._round(step, work, session, accepted, corpus)
             made = [self._row(work[name], accepted[name], session) for name in work if name in accepted]
@@ -80,39 +81,44 @@ class CleanCode:
         step: str,
         work: dict[str, "_Program"],
         session: Session,
-        accepted: dict[str, list[tuple[str, Ask, Any]]],
+        accepted: dict[str, list[tuple[str, Ask, ChatAnswer]]],
         corpus: Corpus,
     ) -> None:
-        """One step for every program: asked, parsed, tested, and accepted where it is still right."""
+        """One step for every program: asked, parsed, tested while others are asked, accepted where still right."""
         told = prompt(f"clean_{step}")
         sampling = Sampling(temperature=self.temperature, max_tokens=self.max_tokens)
         asks = []
         for name, one in work.items():
             turns = told.turns(names=one.names, task=one.task, code=one.code)
             asks.append(asking(told, turns, sampling, ("clean_code", self.seed, step, name), (name,), name))
-        tried = []
-        for ask, answer in session.ask(asks):
-            code = parse_program(answer.text)
-            if code is None:
-                session.unparsed(f"{step}_no_program")
-                continue
-            session.tally.parsed += 1
-            if code.strip() == work[ask.about].code.strip():
-                session.refused(f"{step}_unchanged")
-            else:
-                tried.append((ask, answer, code))
-        cases = [work[ask.about].case(code) for ask, _, code in tried]
-        for (ask, answer, code), finding in zip(tried, self.verifier.verify(cases, corpus.tools), strict=True):
-            if step == "plan" and normal_code(_bare(code)) != normal_code(_bare(work[ask.about].code)):
-                session.refused("plan_changed_code")
-            elif finding.right:
+        for (ask, answer, code), finding in verified(
+            self._tried(step, asks, work, session), self.verifier, corpus.tools
+        ):
+            if finding.right:
                 session.tally.verified += 1
                 work[ask.about].code = code
                 accepted.setdefault(ask.about, []).append((step, ask, answer))
             else:
                 session.refused(f"{step}_fails_tests")
 
-    def _row(self, one: "_Program", steps: list[tuple[str, Ask, Any]], session: Session) -> Row:
+    def _tried(
+        self, step: str, asks: list[Ask], work: dict[str, "_Program"], session: Session
+    ) -> Iterator[tuple[tuple[Ask, ChatAnswer, str], Case]]:
+        """The programs that one step has to verify, as they come."""
+        for ask, answer in session.ask(asks):
+            one, code = work[ask.about], parse_program(answer.text)
+            if code is None:
+                session.unparsed(f"{step}_no_program")
+                continue
+            session.tally.parsed += 1
+            if code.strip() == one.code.strip():
+                session.refused(f"{step}_unchanged")
+            elif step == "plan" and normal_code(_bare(code)) != normal_code(_bare(one.code)):
+                session.refused("plan_changed_code")
+            else:
+                yield (ask, answer, code), one.case(code)
+
+    def _row(self, one: "_Program", steps: list[tuple[str, Ask, ChatAnswer]], session: Session) -> Row:
         _, ask, answer = steps[-1]
         about = meta_of(one.row) | {"cleaned": [step for step, _, _ in steps], "before": one.before}
         turns = [*one.row["messages"][:-1], message("assistant", f"```python\n{one.code.strip()}\n```")]

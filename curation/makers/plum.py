@@ -7,13 +7,15 @@ from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
+from ..beside import verified
 from ..door import ChatAnswer, Sampling
 from ..folder import HouseError
+from ..preferring import grouped
 from ..rows import Row, digest, message, table
 from ..steps import Corpus
 from ..synthesis import Ask, Session, asking, prompt
 from ..verifiers.unit_tests import UnitTests, code_of, meta_of, tests_of
-from ..verifying import Case
+from ..verifying import Case, Finding
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,10 @@ class TestedPreference:
         with Session(self, corpus, self.model, "tested_preference") as session:
             rows = {row["row_id"]: row for part in corpus.tables() for row in part.to_pylist() if _task(row)}
             suites = self._suites(rows, session)
-            answers = self._solutions(rows, suites, session)
+            tested = grouped(self._tested(rows, suites, session), lambda one: str(one[0].about))
             made: list[Row] = []
-            for name, tried in answers.items():
-                made += self._pairs(rows[name], suites[name], tried, session, corpus)
+            for name, tried in tested.items():
+                made += self._pairs(rows[name], suites[name], tried, session)
             if made:
                 yield table(made)
 
@@ -81,9 +83,10 @@ class TestedPreference:
             suites[ask.about] = {"test_list": suite}
         return {name: suites[name] for name in rows if name in suites}
 
-    def _solutions(
+    def _tested(
         self, rows: dict[str, Row], suites: dict[str, dict[str, Any]], session: Session
-    ) -> dict[str, list[tuple[Ask, ChatAnswer]]]:
+    ) -> Iterator[tuple[Ask, ChatAnswer, Finding]]:
+        """Solutions with what their tests say, which run while other solutions are still asked for."""
         sampling = Sampling(temperature=self.temperature, max_tokens=self.max_tokens)
         asks = []
         for name in suites:
@@ -91,28 +94,33 @@ class TestedPreference:
             for number in range(self.solutions):
                 seed = ("plum", self.seed, name, number)
                 asks.append(asking(None, turns, sampling, seed, (name,), name))
-        found: dict[str, list[tuple[Ask, ChatAnswer]]] = {}
-        for ask, answer in session.ask(asks):
-            if code_of(answer.text) is None:
-                session.unparsed("no_program")
-                continue
-            session.tally.parsed += 1
-            found.setdefault(ask.about, []).append((ask, answer))
-        return found
+        cases = (
+            ((ask, answer), Case(_task(rows[ask.about]), answer.text, None, suites[ask.about]))
+            for ask, answer in session.ask(asks)
+            if self._is_program(answer, session)
+        )
+        for (ask, answer), finding in verified(cases, self.limits, session.corpus.tools):
+            yield ask, answer, finding
+
+    def _is_program(self, answer: ChatAnswer, session: Session) -> bool:
+        """Whether a solution has code; counted either way."""
+        if code_of(answer.text) is None:
+            session.unparsed("no_program")
+            return False
+        session.tally.parsed += 1
+        return True
 
     def _pairs(
         self,
         row: Row,
         suite: dict[str, Any],
-        tried: Sequence[tuple[Ask, ChatAnswer]],
+        tried: Sequence[tuple[Ask, ChatAnswer, Finding]],
         session: Session,
-        corpus: Corpus,
     ) -> list[Row]:
         """Rows out of the solutions of one instruction."""
-        cases = [Case(_task(row), answer.text, None, suite) for _, answer in tried]
         sides: dict[bool, list[tuple[Ask, ChatAnswer, str]]] = {True: [], False: []}
         seen = set()
-        for (ask, answer), finding in zip(tried, self.limits.verify(cases, corpus.tools), strict=True):
+        for ask, answer, finding in tried:
             same = finding.value or answer.text
             if finding.right is not None and same not in seen:
                 seen.add(same)

@@ -18,6 +18,8 @@ from gristmill.curation.verifiers.unit_tests import UnitTests, code_of
 from gristmill.curation.verifiers.unit_tests import tests_of as read_tests
 from gristmill.curation.verifying import Case, Verifier
 
+from .late import Late, Telling
+
 MBPP = {"test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0, 'zero'"], "test_setup_code": ""}
 EVAL = {
     "prompt": 'from typing import List\n\ndef add(a: int, b: int) -> int:\n    """Sum."""\n',
@@ -216,6 +218,32 @@ def test_pairs_come_from_tests_that_part_the_solutions() -> None:
     assert made_by(TestedPreference("m"), Corpus(rows, say)) == [made]
     with pytest.warns(UserWarning, match="1 all_pass"):
         assert made_by(TestedPreference("m", own_tests=True), Corpus([row("easy", "easy", "", MBPP)], say)) == []
+
+
+def test_programs_are_tested_while_others_are_still_asked_for() -> None:
+    steps = {"Rename": "total", "Split": "whole", "Write": "whole"}
+
+    def cleaned(request: ChatRequest) -> str:
+        name = steps[request.messages[-1][1].split()[0]]
+        doc = '    """The sum."""\n' * request.messages[-1][1].startswith("Write")
+        return f"```python\ndef add(a, b):\n{doc}    {name} = a + b\n    return {name}\n```"
+
+    rows = [row(f"{n}", "Add.", "def add(a, b):\n    x = a + b\n    return x", MBPP) for n in range(40)]
+    corpus, sums = Corpus(rows), Telling("a + b")
+    late = corpus.tools = Late(cleaned, sums)  # type: ignore[assignment]
+    assert len(made_by(CleanCode("m", verifier=sums), corpus)) == 40 and late.waited == 3
+    assert corpus.facts["synthesis"]["verified"] == 120
+
+    def solved(request: ChatRequest) -> str:
+        return f"def add(a, b):\n    return {'a + b' if request.seed % 2 else 'a'} + 0 * {request.seed}"
+
+    corpus = Corpus([row(f"{n}", f"Add {n}.", "", MBPP) for n in range(5)])
+    late = corpus.tools = Late(solved, sums)  # type: ignore[assignment]
+    made = made_by(TestedPreference("m", limits=sums), corpus)  # type: ignore[arg-type]
+    assert late.waited == 1 and {one["parents"][0] for one in made} == {one["row_id"] for one in corpus.all}
+    assert all(
+        ("a + b" in one[side][0]["content"]) == (side == "chosen") for one in made for side in ("chosen", "rejected")
+    )
 
 
 def test_asserts_are_read_from_ugly_answers() -> None:
