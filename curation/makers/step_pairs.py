@@ -29,7 +29,7 @@ from ..steps import Corpus
 from ..synthesis import Ask, Session, asking, prompt
 from ..text.sentences import steps
 from ..unfolding import unfolded
-from ..verifying import Verifier
+from ..verifying import Case, Verifier
 
 
 @dataclass(frozen=True)
@@ -172,16 +172,17 @@ class StepPairs:
                 asks.append(
                     continuation(question, prefix, self.sampling, (name, self.seed, question.row_id, draw), place)
                 )
-        came = []
-        for ask, answer in session.ask(asks):
-            if usable(session, answer):
-                place = ask.about
-                one, prefix = prefixes[place]
-                rest = without_prefix(answer.text, prefix)
-                said = Said(replace(ask, about=one.ask.about), replace(answer, text=rest), session)
-                came.append(((place, said), one.ask.about.case(prefix + rest)))
+
+        def came() -> Iterator[tuple[tuple[int, Said], Case]]:
+            for ask, answer in session.ask(asks):
+                if usable(session, answer):
+                    one, prefix = prefixes[ask.about]
+                    rest = without_prefix(answer.text, prefix)
+                    said = Said(replace(ask, about=one.ask.about), replace(answer, text=rest), session)
+                    yield (ask.about, said), one.ask.about.case(prefix + rest)
+
         found: list[list[Said]] = [[] for _ in prefixes]
-        for (place, said), finding in verified(came, self.verifier, session.corpus.tools):
+        for (place, said), finding in verified(came(), self.verifier, session.corpus.tools):
             session.tally.verified += finding.right is not None
             if finding.right and said.text:
                 found[place].append(said)

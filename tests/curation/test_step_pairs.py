@@ -24,6 +24,7 @@ from gristmill.curation.rows import message
 from gristmill.curation.text.sentences import sentences, steps
 from gristmill.curation.verifiers.matches import Matches
 
+from .late import Late, Telling
 from .test_preferences import Corpus, made_by, said
 
 Make = Callable[..., dict[str, Any]]
@@ -101,6 +102,15 @@ def test_only_the_step_weighs(make_row: Make, judge: str | None) -> None:
     assert made == made_by(maker, Corpus(rows, policy=solver, big=solver))
     told = corpus.told
     assert told["asked"] == told["answered"] == sum(len(door.requests) for door in corpus.doors.values())
+
+
+def test_continuations_are_verified_while_others_are_still_asked_for(make_row: Make) -> None:
+    rows = [make_row("q", n, f"question {n}", "yes") for n in range(5)]
+    right = Telling("so: yes")
+    maker = StepPairs("policy", right, answers=8, rollouts=8, continuations=8)
+    corpus = Corpus(rows)
+    late = corpus.doors["policy"] = Late(solver, right)  # type: ignore[assignment]
+    assert len(made_by(maker, corpus)) == 5 and late.waited == 4  # answers, two rounds of bisection, continuations
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
