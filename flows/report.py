@@ -26,7 +26,7 @@ from .report_makers import makers
 BINS = 40
 MAP_ROWS = 3000
 MAP_DIMS = 32  # of TF-IDF/SVD, before the two directions of largest variance are drawn
-CURVES = ("loss", "held_out_loss", "margin", "accuracy", "held_out_accuracy")  # of a training stage, where measured
+CURVES = ("loss", "held_out_loss", "margin", "accuracy", "held_out_accuracy", "held_out_auc")  # of a stage
 SAMPLES = 3  # of each drop reason in each set
 TEXT = 420  # characters of a sample's prompt and response
 WIDTH, HEIGHT = 460, 150  # of a chart, in SVG units
@@ -91,7 +91,7 @@ def _head(folder: RunFolder, found: Funnel) -> Json:
     ]
     for line in _evaluation(evaluations(folder))["lines"]:
         values = [number(value) for value in line["values"].values()]
-        totals.append((f"held-out {line['metric']}, {line['set']}", " → ".join(values)))
+        totals.append((f"held-out {line['metric']}, {line['set']}", " → ".join(values) or line["note"] or "–"))
     return {
         "name": plain(str(recipe.get("name", folder.root.name))),
         "begun": begun.get("created", ""),
@@ -363,16 +363,19 @@ def _curve(lines: Sequence[Mapping[str, Any]], name: str) -> Json | None:
 
 
 def _evaluation(rows: Sequence[Mapping[str, Any]]) -> Json:
-    """One line per set and metric, one column per model in the order they were measured; the best value marked."""
+    """One line per set and metric, one column per model in the order they were measured; the best value marked, where
+    one is better than another; why a number is missing."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     lines = []
     for name, metric in dict.fromkeys((row["set"], row["metric"]) for row in rows):
         mine = {row["model"]: row for row in rows if (row["set"], row["metric"]) == (name, metric)}
         values = {model: row["value"] for model, row in mine.items() if row["value"] is not None}
         pick = min if "loss" in metric else max
-        best = pick(values, key=lambda model: values[model]) if len(set(values.values())) > 1 else None
+        ranked = len(set(values.values())) > 1 and metric != "logp_undesirable"
+        best = pick(values, key=lambda model: values[model]) if ranked else None
+        notes = dict.fromkeys(row["note"] for row in mine.values() if row.get("note"))
         rows_of = sorted({row["rows"] for row in mine.values()})  # models of other capacities may score other rows
-        lines.append({"set": name, "metric": metric, "values": values, "best": best,
+        lines.append({"set": name, "metric": metric, "values": values, "best": best, "note": "; ".join(notes),
                       "rows": " to ".join(f"{n:,}" for n in {rows_of[0]: 0, rows_of[-1]: 0})})  # fmt: skip
     return {"models": models, "lines": lines}
 

@@ -419,8 +419,8 @@ def _bad_evaluate(
     for index, name in enumerate(stage.sets):
         if name not in sets:
             yield (*at, "sets", index), f"unknown set {name!r}; {nearest(name, list(sets))}"
-        elif sets[name].kind not in ("sft", "preference"):
-            yield (*at, "sets", index), f"set {name!r} holds {sets[name].kind}: sft and preference can be evaluated"
+        elif sets[name].kind == "text":
+            yield (*at, "sets", index), f"set {name!r} holds text: sft, preference and kto can be evaluated"
         elif sets[name].held_out == 0:
             yield (*at, "sets", index), f"set {name!r} holds no rows out (held_out: 0): nothing to evaluate on"
 

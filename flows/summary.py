@@ -49,7 +49,7 @@ def _evaluation_table(rows: list[dict[str, Any]]) -> Table:
     for column in table.columns[3:]:
         column.justify = "right"
     for row in rows:
-        value = "nothing to score" if row["value"] is None else f"{row['value']:.4f}"
+        value = row.get("note", "nothing to score") if row["value"] is None else f"{row['value']:.4f}"
         table.add_row(row["set"], row["metric"], row["model"], value, f"{row['rows']:,}")
     return table
 

@@ -1,5 +1,6 @@
 """The training and evaluation stages of a run."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from ..curation.door import Progress
 from ..curation.folder import HouseError, RunFolder, read_json, write_json
 from ..curation.shards import read_split
-from ..tuning.evaluate import evaluate_preference, evaluate_sft
+from ..tuning.evaluate import evaluate_preference, evaluate_sft, evaluate_unpaired
 from ..tuning.models import load_tokenizer
 from ..tuning.objectives import find_loss
 from ..tuning.servable import check_servable
@@ -20,6 +21,7 @@ from .stages import Evaluate, models_of
 from .training_text import end_text, plan_text, step_text
 
 Row = dict[str, Any]
+UNPAIRED = ("logp_desirable", "logp_undesirable", "logp_auc", "reward_auc", "margin")
 
 
 def train_stage(folder: RunFolder, shop: Workshop, stage: Train, progress: Progress) -> Done:
@@ -98,30 +100,38 @@ def evaluate_stage(folder: RunFolder, shop: Workshop, stage: Evaluate, index: in
 
 
 def _measured(folder: RunFolder, shop: Workshop, stage: Evaluate, progress: Progress) -> Iterator[Row]:
-    total = len(stage.sets) * len(stage.models)
-    for at, set_name in enumerate(stage.sets):
+    kinds = {name: shop.recipe.sets()[name].kind for name in stage.sets}
+    compared = {name: _compared(shop, stage, kinds[name]) for name in stage.sets}
+    done, total = 0, sum(len(pairs) for pairs in compared.values())
+    for set_name, pairs in compared.items():
         try:
             rows = read_split(folder.curated(set_name), "test")
         except HouseError as error:
             raise HouseError(f"nothing to evaluate on: {error}. Raise held_out, or give the set more rows") from error
-        preference = shop.recipe.sets()[set_name].kind == "preference"
-        pairs = _pairs(shop, stage) if preference else [(name, None) for name in stage.models]
-        for done, (name, start) in enumerate(pairs):
-            progress(at * len(stage.models) + done, total)
-            found = _preference(shop, name, start, rows) if start else _loss(shop, name, rows)
+        for name, start in pairs:
+            progress(done, total)
+            found = {"preference": _preference, "kto": _unpaired}.get(kinds[set_name], _loss)(shop, name, start, rows)
             yield from ({"model": name, "set": set_name, **row} for row in found)
+            done += 1
     progress(total, total)
 
 
-def _pairs(shop: Workshop, stage: Evaluate) -> list[tuple[str, str]]:
-    """(policy, reference) for a preference set: each dpo or kto stage against its start, and that against itself."""
-    pairs: list[tuple[str, str]] = []
+def _compared(shop: Workshop, stage: Evaluate, kind: str) -> list[tuple[str, str | None]]:
+    """(model, reference) of each measurement on a set, a model once. Where answers are compared (preference and kto)
+    the reference of a dpo or kto stage is its start, and that is measured against itself where it has none of its own.
+    A preference set compares nothing without a reference: other models are left out, unless all are such."""
     trained = shop.recipe.trained()
+    found: dict[str, str | None] = {}
     for name in stage.models:
-        if name in trained and trained[name].objective in ("dpo", "kto"):
-            start = trained[name].start or trained[name].model
-            pairs += [pair for pair in ((start, start), (name, start)) if pair not in pairs]
-    return pairs
+        if kind == "sft" or name not in trained or trained[name].objective == "sft":
+            found.setdefault(name, None)
+            continue
+        start = trained[name].start or trained[name].model
+        found[start] = found.get(start) or start
+        found[name] = start
+    if kind == "preference" and any(found.values()):
+        found = {name: start for name, start in found.items() if start is not None}
+    return list(found.items())
 
 
 def _capacity(shop: Workshop, name: str) -> int:
@@ -131,19 +141,48 @@ def _capacity(shop: Workshop, name: str) -> int:
     return max(users, default=Training().capacity)
 
 
-def _loss(shop: Workshop, name: str, rows: Any) -> list[Row]:
+def _loss(shop: Workshop, name: str, start: str | None, rows: Any) -> list[Row]:
     tokenizer = load_tokenizer(shop.base_folder(name))
     found = evaluate_sft(shop.load(name), tokenizer, rows, _capacity(shop, name))
-    return [{"metric": "loss", "value": found["loss"], "rows": found["rows"]}]
+    return [_row("loss", found["loss"], found["rows"])]
 
 
-def _preference(shop: Workshop, name: str, start: str, rows: Any) -> list[Row]:
+def _preference(shop: Workshop, name: str, start: str | None, rows: Any) -> list[Row]:
+    if start is None:
+        return [_row("accuracy", None, 0, "no reference: neither dpo nor kto trained it")]
     tokenizer = load_tokenizer(shop.base_folder(name))
+    policy, reference = _loaded(shop, name, start)
+    found = evaluate_preference(policy, reference, tokenizer, rows, _beta(shop, name), _capacity(shop, name))
+    return [_row(metric, found[metric], found["pairs"]) for metric in ("accuracy", "margin")]
+
+
+def _unpaired(shop: Workshop, name: str, start: str | None, rows: Any) -> list[Row]:
+    tokenizer = load_tokenizer(shop.base_folder(name))
+    policy, reference = _loaded(shop, name, start)
+    found = evaluate_unpaired(policy, reference, tokenizer, rows, _beta(shop, name), _capacity(shop, name))
+    good, bad = found["desirable"], found["undesirable"]
+    counts = {"logp_desirable": good, "logp_undesirable": bad}
+    why = f"all answers are {'desirable' if good else 'undesirable'}" if good or bad else None
+    return [_row(name, found[name], counts.get(name, good + bad), why) for name in UNPAIRED if name in found]
+
+
+def _loaded(shop: Workshop, name: str, start: str | None) -> tuple[Any, Any]:
+    """Policy and reference; None without one."""
     policy = shop.load(name)
-    reference = policy if start == name else shop.load(start)
+    return policy, policy if start == name else None if start is None else shop.load(start)
+
+
+def _beta(shop: Workshop, name: str) -> float:
+    """Of the loss that trained a dpo or kto stage; else dpo's."""
     stage = shop.recipe.trained().get(name)
-    beta = find_loss(None, "dpo").beta
     if stage is not None and stage.objective in ("dpo", "kto"):
-        beta = find_loss(stage.settings.loss, stage.objective).beta
-    found = evaluate_preference(policy, reference, tokenizer, rows, beta, _capacity(shop, name))
-    return [{"metric": m, "value": found[m], "rows": found["pairs"]} for m in ("accuracy", "margin")]
+        return find_loss(stage.settings.loss, stage.objective).beta
+    return find_loss(None, "dpo").beta
+
+
+def _row(metric: str, value: float | None, rows: int, why: str | None = None) -> Row:
+    """A line of evaluation.json. `note` says why there is no number."""
+    if value is None or math.isfinite(value):
+        note = {"note": why} if value is None and why else {}
+        return {"metric": metric, "value": value, "rows": rows, **note}
+    return {"metric": metric, "value": None, "rows": rows, "note": "not finite"}

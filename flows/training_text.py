@@ -37,6 +37,8 @@ def step_text(step: Row) -> str:
         shown.append(f"accuracy {percent(step['accuracy'])}")
     if "held_out_loss" in step:
         shown.append(f"held out {step['held_out_loss']:.4f}")
+    if "held_out_auc" in step:
+        shown.append(f"AUC {step['held_out_auc']:.4f}")
     shown += [f"{step['tokens_per_s']:,.0f} tokens/s", f"{percent(step['roofline_share'])} of the roofline"]
     return "  ".join([*shown, size(step["memory"]), f"{span(step['eta'])} left"])
 

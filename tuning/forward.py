@@ -29,9 +29,9 @@ def pack_logps(model: PreTrainedModel, pack: Pack) -> tuple[torch.Tensor, torch.
 
 
 def answer_logps(model: PreTrainedModel, pack: Pack) -> torch.Tensor:
-    """(P, 2) weighted log-probabilities of the chosen and rejected answer of each pair of the pack."""
+    """(D,) weighted sums of log-probabilities of the pack's documents."""
     logps, weights, owners = pack_logps(model, pack)
-    return sums_by_document(logps * weights, owners, len(pack.documents)).view(-1, 2)
+    return sums_by_document(logps * weights, owners, len(pack.documents))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from ..curation.folder import HouseError
 from ..curation.shards import read_split
 from .checkpoint import Checkpoint, find_latest, save_checkpoint, step_folders
 from .data import Plan, read_units
+from .evaluate import auc
 from .forward import inference
 from .packing import pack_plan
 from .ranks import World
@@ -41,13 +42,21 @@ def held_out_plan(
 
 
 def measure(stage: Stage) -> dict[str, float]:
-    """held_out_loss: as the stage's own, over the held-out rows; for pairs and lists also held_out_accuracy."""
+    """held_out_loss: as the stage's own, over the held-out rows; for pairs and lists also held_out_accuracy, and for
+    single answers with labels held_out_auc (evaluate.auc), where both labels are there: of the answers' rewards, or
+    without a reference of their mean log-probabilities."""
     with inference(stage.policy):
         values = step_values(stage, 0).values.double()
     found = {"held_out_loss": float(values[0].sum()) * float(shares_of(stage, 0)[0])}
     if stage.loss.family in ("pairs", "lists"):
         right = (values[1] > 0).double() + 0.5 * (values[1] == 0)
         found["held_out_accuracy"] = float(right.mean())
+    units = stage.plan.units
+    if stage.loss.family == "unpaired" and units.labels is not None:
+        order = stage.plan.units_of(0)
+        gains = values[1].numpy() / (units.weights[order] if stage.reference is None else 1.0)
+        area = auc(gains, units.labels[order])
+        found |= {} if area is None else {"held_out_auc": area}
     return found
 
 

@@ -280,8 +280,9 @@ def _costs(run: _Run, units: np.ndarray, seconds: float) -> dict[str, Any]:
 def _measured(held: Stage, state: _State) -> dict[str, Any]:
     """The held-out rows, now; the weights are kept where they are the best so far."""
     found = measure(held)
-    if state.best is None or found["held_out_loss"] < state.best["loss"]:
-        state.best = {"step": state.done, "loss": found["held_out_loss"]}
+    loss = found["held_out_loss"]
+    if math.isfinite(loss) and (state.best is None or loss < state.best["loss"]):
+        state.best = {"step": state.done, "loss": loss}
         keep_best(held.out / "checkpoints" / "best", state.best, _weights(held), held.spread)
     return found
 

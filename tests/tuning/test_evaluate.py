@@ -4,11 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from gristmill.curation.rows import content_id, counted_row_id, message, table
 from gristmill.curation.shards import shard_table
-from gristmill.tuning.chat import tokenise_pairs, tokenise_rows
-from gristmill.tuning.evaluate import evaluate_preference, evaluate_sft
+from gristmill.tuning.chat import tokenise_completions, tokenise_pairs, tokenise_rows
+from gristmill.tuning.evaluate import auc, evaluate_preference, evaluate_sft, evaluate_unpaired
 from gristmill.tuning.models import load_model, load_tokenizer, make_model
 from gristmill.tuning.settings import NewModel
 
@@ -26,6 +27,8 @@ def rows_of(kind, answers, seed=0):
         row = {"source": "made", "position": position, "messages": [message("user", talk(draw))]}
         if kind == "sft":
             row["messages"] += [message("assistant", answer)]
+        elif kind == "kto":
+            row |= {"chosen": [message("assistant", answer[0])], "label": answer[1]}
         else:
             row |= {"chosen": [message("assistant", answer[0])], "rejected": [message("assistant", answer[1])]}
         row["content_id"] = content_id(row)
@@ -82,6 +85,12 @@ def test_what_cannot_be_scored_is_counted(home: Path) -> None:
     none = evaluate_sft(model, tokenizer, rows.slice(1, 1), 120)
     assert none == {"loss": None, "tokens": 0, "rows": 0, "excluded": {"too_long": 1}}
     assert evaluate_sft(model, tokenizer, rows, 4000)["excluded"] == {"too_long": 1}  # beyond the model's context
+    assert evaluate_sft(model, tokenizer, rows.slice(0, 0), 120) == {
+        "loss": None,
+        "tokens": 0,
+        "rows": 0,
+        "excluded": {},
+    }
     nothing = evaluate_preference(model, None, tokenizer, rows_of("preference", []), 0.1, 120)
     assert nothing == {"accuracy": None, "margin": None, "pairs": 0, "excluded": {}}
 
@@ -110,3 +119,70 @@ def test_a_policy_against_itself_is_all_ties(home: Path) -> None:
     itself = evaluate_preference(policy, None, tokenizer, rows, 0.1, 200)
     assert itself == evaluate_preference(policy, load(home, 1), tokenizer, rows, 0.1, 200)
     assert (itself["accuracy"], itself["margin"]) == (0.5, 0.0)
+
+
+def test_a_preference_that_is_not_a_number_is_no_wrong_one(home: Path) -> None:
+    """A broken model's pairs once counted as lost ones."""
+    rows = rows_of("preference", [("mill stone", "sack"), ("grain", "flour wheel")])
+    tokenizer, broken = load_tokenizer(home / "0"), load(home, 1)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight.fill_(float("nan"))
+    found = evaluate_preference(broken, load(home, 0), tokenizer, rows, 0.1, 200)
+    assert np.isnan(found["accuracy"]) and np.isnan(found["margin"]) and found["pairs"] == 2
+    answers = rows_of("kto", [("mill stone", True), ("grain", False)])
+    unpaired = evaluate_unpaired(broken, load(home, 0), tokenizer, answers, 0.1, 200)
+    assert all(np.isnan(unpaired[name]) for name in ("logp_desirable", "logp_auc", "reward_auc", "margin"))
+
+
+@pytest.mark.parametrize("kinds", [2, 5, 1000])
+def test_auc_is_that_of_scikit_learn(kinds: int) -> None:
+    draw = np.random.default_rng(kinds)
+    for size in (2, 3, 10, 500):
+        scores, good = draw.integers(0, kinds, size).astype(float), draw.random(size) < 0.3
+        good[:2] = True, False
+        assert auc(scores, good) == pytest.approx(roc_auc_score(good, scores), abs=1e-12)
+        assert auc(-scores, good) == pytest.approx(1 - roc_auc_score(good, scores), abs=1e-12)
+    assert auc(np.ones(3), np.ones(3, bool)) is None and auc(np.ones(3), np.zeros(3, bool)) is None
+    assert np.isnan(auc(np.asarray([np.nan, 1.0]), np.asarray([True, False])))
+    assert auc(np.asarray([0.0, -np.inf]), np.asarray([True, False])) == 1.0
+
+
+def test_single_answers_with_labels_against_naive_log_probabilities(home: Path) -> None:
+    draw = random.Random(7)
+    answers = [(talk(draw), draw.random() < 0.4) for _ in range(13)]
+    rows = rows_of("kto", [*answers, (" ".join(WORDS * 30), True)])
+    tokenizer, policy, reference = load_tokenizer(home / "0"), load(home, 1), load(home, 0)
+    found = evaluate_unpaired(policy, reference, tokenizer, rows, 0.5, 160)
+    documents, good = tokenise_completions(tokenizer, rows)[:-1], np.asarray([label for _, label in answers])
+    ours = [alone(home, 1, document) for document in documents]
+    rewards = np.asarray([0.5 * (one.sum() - alone(home, 0, d).sum()) for one, d in zip(ours, documents, strict=True)])
+    for name, which in (("logp_desirable", good), ("logp_undesirable", ~good)):
+        expected = np.concatenate([one for one, own in zip(ours, which, strict=True) if own]).mean()
+        assert found[name] == pytest.approx(expected, rel=1e-5)
+    assert found["logp_auc"] == pytest.approx(roc_auc_score(good, [one.mean() for one in ours]))
+    assert found["reward_auc"] == pytest.approx(roc_auc_score(good, rewards))
+    assert found["margin"] == pytest.approx(rewards[good].mean() - rewards[~good].mean(), rel=1e-4, abs=1e-6)
+    assert 0 < found["reward_auc"] < 1 and found["logp_auc"] != found["reward_auc"]
+    assert (found["desirable"], found["undesirable"]) == (good.sum(), (~good).sum())
+    assert found["excluded"] == {"too_long": 1}
+    swapped = rows.set_column(
+        rows.column_names.index("label"), "label", [[not one for one in rows["label"].to_pylist()]]
+    )
+    other = evaluate_unpaired(policy, reference, tokenizer, swapped, 0.5, 160)
+    assert other["logp_auc"] == pytest.approx(1 - found["logp_auc"]) and other["margin"] == -found["margin"]
+    assert (other["logp_desirable"], other["undesirable"]) == (found["logp_undesirable"], found["desirable"])
+
+
+def test_answers_of_one_label_have_a_log_probability_and_no_separation(home: Path) -> None:
+    tokenizer, policy = load_tokenizer(home / "0"), load(home, 1)
+    both = rows_of("kto", [("mill", True), ("stone wheel", False), ("grain", None)])
+    alike = evaluate_unpaired(policy, policy, tokenizer, both, 0.1, 160)
+    assert (alike["reward_auc"], alike["margin"], alike["excluded"]) == (0.5, 0.0, {"no_label": 1})
+    assert "reward_auc" not in evaluate_unpaired(policy, None, tokenizer, both, 0.1, 160)
+    for place, kind in ((0, "desirable"), (1, "undesirable")):
+        found = evaluate_unpaired(policy, load(home, 0), tokenizer, both.slice(place, 1), 0.1, 160)
+        assert (found["logp_auc"], found["reward_auc"], found["margin"]) == (None, None, None)
+        assert found[kind] == 1 and found[f"logp_{kind}"] == pytest.approx(alike[f"logp_{kind}"], rel=1e-6)
+        assert [found[f"logp_{name}"] for name in ("desirable", "undesirable") if name != kind] == [None]
+    empty = evaluate_unpaired(policy, policy, tokenizer, both.slice(0, 0), 0.1, 160)
+    assert empty["logp_desirable"] is None and empty["desirable"] == empty["undesirable"] == 0

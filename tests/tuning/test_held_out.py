@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,12 +8,12 @@ import pytest
 from gristmill.curation.folder import HouseError
 from gristmill.curation.shards import read_split
 from gristmill.tuning import loop
-from gristmill.tuning.evaluate import evaluate_sft
+from gristmill.tuning.evaluate import evaluate_sft, evaluate_unpaired
 from gristmill.tuning.loop import train
 from gristmill.tuning.lora import load_adapter
 from gristmill.tuning.models import load_model, load_tokenizer
 
-from .small_stage import SMALL, WEIGHTS, adapter_of, curate, make_home, rows_of
+from .small_stage import SMALL, WEIGHTS, adapter_of, curate, make_home, metrics, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,36 @@ def test_the_weights_that_did_best_on_held_out_rows_are_kept_beside_the_last(
         model = load_model(home / "model", dtype="fp32", device="cpu")
         load_adapter(model, out / folder)
         assert evaluate_sft(model, tokenizer, rows, 150)["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_measurement_that_is_no_number_is_not_the_best(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is below NaN: a first measurement of NaN once stayed the best to the end."""
+    losses = iter([math.nan, 2.0, math.inf, 1.0, math.nan])
+    monkeypatch.setattr(loop, "measure", lambda held: {"held_out_loss": next(losses)})
+    settings = replace(SMALL, max_steps=5, evaluate_every=1)
+    assert train("sft", home / "sft", home / "model", tmp_path / "out", settings)["best"] == {"step": 4, "loss": 1.0}
+    monkeypatch.setattr(loop, "measure", lambda held: {"held_out_loss": math.nan})
+    run = train("sft", home / "sft", home / "model", tmp_path / "none", replace(settings, max_steps=2))
+    assert run["best"] is None and not (tmp_path / "none" / "best").exists()
+
+
+def test_held_out_answers_with_labels_are_measured_as_evaluation_does(home: Path, tmp_path: Path) -> None:
+    rows, tokenizer = read_split(home / "kto", "test"), load_tokenizer(home / "model")
+    out = tmp_path / "kto"
+    train("kto", home / "kto", home / "model", out, replace(SMALL, max_steps=3, evaluate_every=3))
+    *_, last = metrics(out)
+    start, model = (load_model(home / "model", dtype="fp32", device="cpu") for _ in range(2))
+    load_adapter(model, out / "adapter")
+    found = evaluate_unpaired(model, start, tokenizer, rows, 0.1, 150)
+    assert last["held_out_auc"] == found["reward_auc"] != 0.5
+    ones = curate(
+        tmp_path / "one", "kto", rows_of("kto", 6), [row for row in rows_of("kto", 9, seed=1) if row["label"]]
+    )
+    train("kto", ones, home / "model", tmp_path / "ones", replace(SMALL, max_steps=1, evaluate_every=1))
+    (line,) = metrics(tmp_path / "ones")
+    assert "held_out_loss" in line and "held_out_auc" not in line
 
 
 def test_evaluation_wants_held_out_rows(home: Path, tmp_path: Path) -> None:
