@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from machine import processor
 
 SOURCES = {  # data set -> columns of the prompt
     "alpaca_raw_partial": ("instruction", "input"),
@@ -163,14 +164,6 @@ def timed(embed: Callable[[list[str]], np.ndarray], texts: list[str], repeats: i
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "vectors": vectors,
     }
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from machine import installed, processor
 from transformers import AutoModelForCausalLM
 
 from gristmill.curation.rows import message, table
@@ -181,20 +181,14 @@ def timed(work: Callable[[], Any], model: Any) -> tuple[float, float]:
 
 
 def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.is_file()
-        else []
-    )
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy", "pyarrow")},
+        **installed("torch", "transformers", "tokenizers", "numpy", "pyarrow"),
     }
 
 

@@ -24,12 +24,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from machine import installed, processor
 from tables import show
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -217,14 +217,12 @@ def most_of_its_own() -> Iterator[list[float]]:
 
 
 def hardware() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} processors"
+    return f"{processor()}, {os.cpu_count()} processors"
 
 
 def versions() -> dict[str, str]:
     names = ("torch", "transformers", "safetensors", "bitsandbytes", "peft")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return {"python": platform.python_version(), **installed(*names)}
 
 
 if __name__ == "__main__":

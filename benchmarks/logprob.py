@@ -18,12 +18,12 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from machine import installed, processor
 from torch import Tensor
 
 from gristmill.kernels.logprob import chunk_of, path_of, target_logprobs
@@ -85,7 +85,7 @@ def measured(options: argparse.Namespace, sizes: tuple[int, int, int], dtype: to
         f" --dtype {str(dtype).removeprefix('torch.')} --repeats {options.repeats}"
         + (" --train-head" if options.train_head else ""),
         "hardware": {"device": name, "threads": torch.get_num_threads(), "machine": platform.machine()},
-        "versions": {name: installed(name) for name in ("torch", "triton", "trl", "transformers")},
+        "versions": installed("torch", "triton", "trl", "transformers"),
         "path": path_of(options.device, dtype),
         "chunk_tokens": chunk_of(tokens, words, options.device),
         "product_tflops": round(rate / 1e12, 3),
@@ -173,19 +173,6 @@ def product_rate(hidden: Tensor, head: Tensor, repeats: int) -> float:
     torch.mm(part, head.t(), out=logits)
     seconds = [timed(lambda: torch.mm(part, head.t(), out=logits), hidden.device.type)[0] for _ in range(repeats)]
     return 2.0 * part.numel() * len(head) / statistics.median(seconds)
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

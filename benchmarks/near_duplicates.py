@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from io import StringIO
 from itertools import combinations
@@ -35,6 +34,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from machine import installed, processor
 
 from gristmill.curation.folder import write_parquet
 from gristmill.curation.judges.duplicates import NearDuplicate
@@ -95,7 +95,7 @@ def measured(scratch: Path, data: Path, options: argparse.Namespace) -> dict[str
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
         "machine": {"processor": processor(), "processors": os.cpu_count(), "load_average": os.getloadavg()[0]},
-        "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | installed(*PACKAGES),
         "judge": repr(NearDuplicate()),
         "note": NOTE,
     }
@@ -125,13 +125,6 @@ def measured(scratch: Path, data: Path, options: argparse.Namespace) -> dict[str
 
 
 PACKAGES = ("numba", "numpy", "pyarrow", "rensa", "datasketch", "datatrove", "spacy")
-
-
-def installed(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "none"
 
 
 def shown(result: dict[str, Any]) -> str:
@@ -467,14 +460,6 @@ def shingle_set(text: str) -> set[tuple[str, ...]]:
 def peak() -> int:
     """Of this process, or of the largest of its children."""
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) // 1024
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

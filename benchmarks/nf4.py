@@ -19,13 +19,13 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from machine import installed, processor
 from tables import show
 
 from gristmill.kernels import nf4
@@ -51,7 +51,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "hardware": hardware(options.device),
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": {"python": platform.python_version()} | installed("torch", "bitsandbytes", "numba", "triton"),
         "targets": TARGETS[options.device],
         "rows": rows,
     }
@@ -138,23 +138,7 @@ def timed_cuda(call: Callable[[], Any], inside: int = 10) -> float:
 def hardware(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    models = [line.split(":", 1)[1].strip() for line in cpuinfo() if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor()}, {os.cpu_count()} processors"
-
-
-def cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("torch", "bitsandbytes", "numba", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
-    return found
+    return f"{processor()}, {os.cpu_count()} processors"
 
 
 if __name__ == "__main__":

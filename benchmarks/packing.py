@@ -16,14 +16,12 @@ same pairs, unshared over shared, by a Qwen3-shaped model of random weights; of 
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from machine import installed, processor
 from numpy.typing import NDArray
 from torch.nn.functional import logsigmoid
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -80,15 +79,14 @@ def main() -> None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    versions = {}
-    for name in ("torch", "transformers", "trl", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
     gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
-    here = {"processor": platform.processor() or platform.machine(), "processors": os.cpu_count(), "gpu": gpu}
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), **here, "versions": versions}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processor": processor(),
+        "processors": os.cpu_count(),
+        "gpu": gpu,
+        "versions": installed("torch", "transformers", "trl", "numpy"),
+    }
 
 
 def planned(home: Path, rows: int, capacity: int, repeats: int) -> dict[str, Any]:

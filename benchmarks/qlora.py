@@ -27,9 +27,10 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from machine import installed, processor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -67,7 +68,7 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
         "hardware": hardware(options.device),
-        "versions": {name: installed(name) for name in ("torch", "transformers", "trl", "peft", "bitsandbytes")},
+        "versions": installed("torch", "transformers", "trl", "peft", "bitsandbytes"),
         **(on_cuda(options) if options.device == "cuda" else on_cpu(options)),
     }
     show(result)
@@ -286,15 +287,7 @@ def hardware(device: str) -> dict[str, Any]:
         import torch
 
         return {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {"cpu": names[0].partition(":")[2].strip(), "cores": len(names), "machine": platform.machine()}
-
-
-def installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    return {"cpu": processor(), "cores": os.cpu_count(), "machine": platform.machine()}
 
 
 def show(result: dict[str, Any]) -> None:

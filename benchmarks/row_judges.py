@@ -19,12 +19,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from machine import installed, processor
 
 from gristmill.curation.reading.source import Source, iter_rows
 from gristmill.curation.rows import PART_ROWS, table
@@ -120,14 +120,6 @@ def peers(texts: list[str], repeats: int) -> Iterator[tuple[str, tuple[int, floa
         yield f"datatrove {name}", timed(run, repeats)
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for name in ("pyarrow", "numba", "numpy", "datatrove"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=80_000)
@@ -178,8 +170,10 @@ def main() -> None:
         for name, figures in peers(view(rows, "pair"), asked.repeats):
             show(name, *figures)
     if asked.json:
-        machine = {"processor": platform.processor() or platform.machine(), "processors": len(os.sched_getaffinity(0))}
-        about = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), **machine, **versions()}
+        about = {
+            "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "processor": processor(),
+            "processors": len(os.sched_getaffinity(0)), **installed("pyarrow", "numba", "numpy", "datatrove"),
+        }  # fmt: skip
         result = {"rows": rows.num_rows, "megabytes": megabytes, "machine": about, "figures": lines}
         asked.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 

@@ -30,6 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from machine import processor
 
 from gristmill.curation.folder import RunFolder
 from gristmill.curation.pool import pool
@@ -260,12 +261,6 @@ def pairs(data: Path) -> Iterator[tuple[str, str]]:
             for prompt, answer in zip(table[asked].to_pylist(), table[answered].to_pylist(), strict=True):
                 if prompt and answer:
                     yield str(prompt), str(answer)
-
-
-def processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":
