@@ -38,6 +38,8 @@ def test_the_live_line_and_the_end_say_the_share_of_the_roofline() -> None:
     assert step_text(step) == (
         "loss 0.6931  accuracy 62.5 %  1,234 tokens/s  71.2 % of the roofline  81 GB  1 min 15 s left"
     )
+    labelled = step | {"held_out_loss": 0.25, "held_out_auc": 0.875}
+    assert "held out 0.2500  AUC 0.8750  1,234 tokens/s" in step_text(labelled)
     run = {
         "plan": PLAN, "loss": 0.5, "tokens_per_s": 900.0, "roofline_share": 0.05, "roofline_formula": "share = a / b",
         "best": {"loss": 0.4, "step": 50},
