@@ -21,7 +21,7 @@ from ...curation.folder import HouseError
 from ...curation.rows import digest as digest_of
 from .settings import Price
 from .spend import Spend, cost
-from .wire import Told, in_order
+from .wire import Told, in_order, whole_characters
 
 GROUP = 1024  # requests handed at once to a model that does not stream: all of them are kept together
 ASK = 500  # keys in one query; SQLite takes 32,766
@@ -59,7 +59,8 @@ def answer_json(answer: ChatAnswer) -> str:
 
 def answer_from(said: dict[str, Any]) -> ChatAnswer:
     """What `answer_json` wrote, parsed; `cached`."""
-    return ChatAnswer(**_with_tuples(said), cached=True)
+    said = _with_tuples(said)
+    return ChatAnswer(**said | {"text": whole_characters(said["text"])}, cached=True)
 
 
 def _with_tuples(said: Mapping[str, Any]) -> dict[str, Any]:

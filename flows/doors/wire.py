@@ -125,7 +125,7 @@ def read_answer(payload: bytes, request: ChatRequest) -> ChatAnswer | Trouble:
             return Trouble(ChatError("refused", shortened(f"by the model: {refusal}")))
         if not isinstance(text, str | None):
             return _malformed(f"content is {type(text).__name__}, not text")
-        return _answer(said, choice, text or "", request)
+        return _answer(said, choice, whole_characters(text or ""), request)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         return _malformed(f"no chat completion ({type(error).__name__}: {error})")
 
@@ -152,6 +152,15 @@ def _answer(
         options,
     )
     return answer if min(answer.prompt_tokens, answer.tokens) >= 0 else _malformed("a negative number of tokens")
+
+
+def whole_characters(text: str) -> str:
+    """`text` without halves of surrogate pairs, which JSON can say and no file can hold: U+FFFD stands for them."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def option_logprobs(options: Sequence[str], top: Sequence[Mapping[str, Any]]) -> tuple[float, ...] | None:

@@ -16,7 +16,7 @@ import pytest
 from gristmill.curation.door import ChatAnswer, ChatError, ChatRequest, Sampling
 from gristmill.curation.folder import HouseError
 from gristmill.flows.doors.cassette import CassetteChat, read_cassette
-from gristmill.flows.doors.kept import Answers, KeptChat, key_of, request_from, request_json
+from gristmill.flows.doors.kept import Answers, KeptChat, answer_from, key_of, request_from, request_json
 from gristmill.flows.doors.limits import Breaker, Pace, pause
 from gristmill.flows.doors.server import ServerChat
 from gristmill.flows.doors.settings import Server
@@ -263,6 +263,15 @@ def test_pauses_grow_and_never_fall_short_of_what_the_server_wants() -> None:
 def test_ugly_answers_are_malformed_and_never_raise(payload: str) -> None:
     told_so = read_answer(payload.encode(), ask("a")[0])
     assert isinstance(told_so, Trouble) and told_so.error.kind == "malformed" and told_so.again
+
+
+def test_half_a_character_harms_no_row() -> None:
+    """JSON can say a lone surrogate, which no file takes: it would fail the whole step, on each start again."""
+    payload = rb'{"choices": [{"message": {"content": "a\ud800b \ud83d\ude00"}, "finish_reason": "stop"}]}'
+    answer = read_answer(payload, ask("a")[0])
+    assert isinstance(answer, ChatAnswer) and answer.text == "a\ufffdb \U0001f600"
+    kept = answer_from({"text": "\ud800", "prompt_tokens": 1, "tokens": 1, "finished": True})
+    assert kept.text == "\ufffd" and kept.cached
 
 
 def test_options_that_cannot_be_told_are_none() -> None:
