@@ -30,7 +30,7 @@ lint: $(VENV)/.test $(VENV)/.lint
 	  status=$$?; rm -rf $$scratch; exit $$status
 
 bench: $(VENV)/.test $(VENV)/.bench
-	@for name in near_duplicates row_judges decontamination embedding lm_measures selection nf4 logprob packing qlora sandbox; do \
+	@for name in near_duplicates row_judges decontamination embedding lm_measures selection nf4 rms_norm logprob packing qlora sandbox; do \
 	  echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 $(VENV)/bin/pip:

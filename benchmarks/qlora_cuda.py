@@ -79,11 +79,13 @@ def _ours(model: Any, tokens: Tensor, documents: int, length: int, checkpointing
     from gristmill.kernels.logprob import target_logprobs
     from gristmill.tuning.attention import head, hidden_states, isolate
     from gristmill.tuning.lora import add_lora
+    from gristmill.tuning.norms import fuse_norms
     from gristmill.tuning.recompute import recompute
     from gristmill.tuning.settings import Lora, Training
 
     add_lora(model, Lora(rank=16, base="nf4"), seed=0)
     isolate(model)
+    fuse_norms(model)
     recompute(model, Training(checkpointing="layers" if checkpointing else "none"))
     model.train()
     lengths, places = [length] * documents, torch.arange(length, device=tokens.device).repeat(documents)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rows import rows_in_cache
+
 _FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh"),
@@ -23,7 +25,6 @@ _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": torch.ops.aten.gelu_backward,
 }
 ACTS = tuple(_FORWARD)
-ROWS_BYTES = 1 << 18  # on a CPU, rows worked on at once: each of the buffers stays in a core's cache
 
 
 def activation_of(function: Callable[[Tensor], Tensor]) -> str | None:
@@ -57,7 +58,7 @@ def glu(gate: Tensor, up: Tensor, act: str) -> Tensor:
     if gate.is_cuda:
         return _FORWARD[act](gate).mul_(up)
     h = torch.empty_like(gate)
-    for part in _rows(gate):
+    for part in rows_in_cache(gate):
         torch.mul(_FORWARD[act](gate[part]), up[part], out=h[part])
     return h
 
@@ -73,14 +74,9 @@ def glu_backward(dh: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor
         dup.mul_(dh)
         return h, _BACKWARD[act](dh.mul_(up), gate), dup
     h, dup = torch.empty_like(gate), torch.empty_like(gate)
-    for part in _rows(gate):
+    for part in rows_in_cache(gate):
         acted = _FORWARD[act](gate[part])
         torch.mul(acted, up[part], out=h[part])
         torch.mul(acted, dh[part], out=dup[part])
         dh[part] = _BACKWARD[act](dh[part].mul_(up[part]), gate[part])
     return h, dh, dup
-
-
-def _rows(gate: Tensor) -> list[slice]:
-    step = max(1, ROWS_BYTES // max(1, gate.shape[1] * gate.element_size()))
-    return [slice(start, start + step) for start in range(0, gate.shape[0], step)]

@@ -32,6 +32,7 @@ LIGHT = {
 }  # all that a training node has
 LAZY = {  # imported when they are needed; without them training takes another path, or a message says what to install
     "kernels/glu_triton.py": {"triton"},
+    "kernels/rms_norm_triton.py": {"triton"},
     "kernels/int8.py": {"numba"},
     "kernels/logprob_triton.py": {"triton"},
     "kernels/nf4_cpu.py": {"numba", "llvmlite"},

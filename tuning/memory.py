@@ -135,24 +135,23 @@ def activations(needs: Needs) -> int:
         kept = layer
     elif needs.checkpointed:
         kept += layer  # one that is computed again
-    # the last norm's input in fp32 and its output; the states at the targets and their gradients
-    return kept + tokens * shape.hidden * (size + 4) + 2 * needs.targets * shape.hidden * size
+    # the last norm's input and output; the states at the targets and their gradients
+    return kept + 2 * tokens * shape.hidden * size + 2 * needs.targets * shape.hidden * size
 
 
 def layer_bytes(needs: Needs) -> int:
     """Bytes that one decoder layer keeps for its backward, per pack.
 
-    The inputs of its two norms, in fp32, and their outputs, which are the inputs of q, k, v and of gate, up; q, k, v
-    and the heads' output; the outputs of gate and up; of adapters the narrow products. Where all weights learn, also
-    what the norms' weights multiply, and of the MLP the activation and the product that goes down.
+    The inputs of its two norms and their outputs, which are the inputs of q, k, v and of gate, up; q, k, v and the
+    heads' output; the outputs of gate and up; of adapters the narrow products. Where all weights learn, also of the MLP
+    the activation and the product that goes down.
     """
     shape, size, learns = needs.shape, needs.dtype.itemsize, needs.adapters is None
-    wide = max(size, 4)
-    per_token = 2 * shape.hidden * (wide + size + learns * size)
+    per_token = 4 * shape.hidden * size
     per_token += 2 * (shape.attention + shape.keys) * size + 4 * shape.heads
     per_token += (4 if learns else 2) * shape.intermediate * size
     if shape.normed_heads:
-        per_token += (shape.attention + shape.keys) * wide
+        per_token += (shape.attention + shape.keys) * size
     if needs.rank is not None:
         per_token += needs.rank * size * len(shape.linears) // shape.layers
     return per_token * needs.tokens

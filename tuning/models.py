@@ -37,6 +37,7 @@ from .chat import Tokens, conversation_ids, tokenise_texts
 from .digests import RECORD
 from .forward import pack_logps
 from .lora import load_adapter, noted_base
+from .norms import fuse_norms
 from .packing import build_pack, pack_plan
 from .quantised import is_nf4, load_nf4
 from .quantising import load_causal
@@ -77,7 +78,7 @@ def load_model(
     adapter: Path | None = None,
     base: str | None = None,
 ) -> PreTrainedModel:
-    """The causal LM in `folder`, in evaluation mode, its attention per document (`attention.isolate`).
+    """The causal LM in `folder`, in evaluation mode, its attention per document (`attention.isolate`), its norms fused.
 
     dtype: fp32, bf16, or auto: bf16 where the device computes it natively. device: default CUDA where there is one.
     adapter: folder of a LoRA adapter to attach. base: how the decoder blocks' linear layers will be stored
@@ -107,6 +108,7 @@ def load_model(
     except Exception as error:  # transformers lets through whatever safetensors, json and its own checks raise
         raise HouseError(f"{folder} holds no model that transformers can load as a causal LM: {error}") from error
     isolate(model)
+    fuse_norms(model)
     model = model.to(device)
     if adapter is not None:
         load_adapter(model, adapter)

@@ -10,6 +10,7 @@ from torch import Tensor
 from gristmill.kernels import glu as glu_module
 from gristmill.kernels import lora_linear as linear_module
 from gristmill.kernels import lora_mlp as mlp_module
+from gristmill.kernels import rows as rows_module
 from gristmill.kernels.lora_linear import Projection, lora_group, naive_lora_linear
 from gristmill.kernels.lora_mlp import lora_mlp, naive_lora_mlp
 from gristmill.kernels.nf4 import dequantise, quantise
@@ -186,7 +187,7 @@ def test_torch_checks_the_operators() -> None:
 def test_gated_product_by_rows_is_the_whole(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, up, dh = (torch.randn(13, 42, dtype=torch.float64) for _ in range(3))
     whole = glu_module.glu_backward(dh.clone(), gate, up, act)
-    monkeypatch.setattr(glu_module, "ROWS_BYTES", 42 * 8 * 3)
+    monkeypatch.setattr(rows_module, "BYTES", 42 * 8 * 3)
     rows = glu_module.glu_backward(dh.clone(), gate, up, act)
     close(list(whole), list(rows))
     assert torch.equal(rows[0], glu_module.glu(gate, up, act))

@@ -17,6 +17,7 @@ from gristmill.tuning import quantising
 from gristmill.tuning.attention import head, hidden_states, isolate
 from gristmill.tuning.lora import add_lora, load_adapter, save_adapter
 from gristmill.tuning.models import load_model
+from gristmill.tuning.norms import fuse_norms
 from gristmill.tuning.quantised import NF4Linear
 from gristmill.tuning.settings import Lora
 
@@ -48,6 +49,7 @@ def whole(folder: Path, dtype: str, settings: Lora) -> Any:
     """The model loaded whole, its linear layers quantised one after another then."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
     isolate(model)
+    fuse_norms(model)
     add_lora(model, settings, 3)
     return model.eval()
 
@@ -127,6 +129,7 @@ def test_an_adapter_that_notes_nf4_is_put_on_a_model_read_so(tmp_path: Path) -> 
     save_adapter(trained, tmp_path / "adapter", settings, str(folder))
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     isolate(theirs)
+    fuse_norms(theirs)
     load_adapter(theirs, tmp_path / "adapter")
     assert_equal(load_model(folder, dtype="fp32", device="cpu", adapter=tmp_path / "adapter"), theirs.eval())
 

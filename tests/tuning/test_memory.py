@@ -13,6 +13,7 @@ from gristmill.kernels.logprob import target_logprobs
 from gristmill.tuning.attention import head, hidden_states, isolate
 from gristmill.tuning.lora import add_lora
 from gristmill.tuning.memory import FACTOR, Memory, Needs, loading, memory, needs_of, out_of_memory, plan_estimate
+from gristmill.tuning.norms import fuse_norms
 from gristmill.tuning.roofline import Peak, decoder_shape, load_of
 from gristmill.tuning.settings import Lora, Training
 
@@ -47,6 +48,7 @@ def a_step(needs: Needs, config: Any, device: str = "cpu") -> tuple[Any, Callabl
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=needs.dtype).to(device)
     isolate(model)
+    fuse_norms(model)
     if needs.rank is None:
         model.requires_grad_(True)
     else:

@@ -1,0 +1,85 @@
+"""The Triton kernels of the norm in Triton's interpreter (a process of its own: the variable that turns it on must
+stand before triton is imported), fp32 and fp16, against torch in fp64; and in bf16 on a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+CHECK = """
+import sys
+import torch
+from gristmill.kernels import rms_norm as door, rms_norm_triton
+
+EPS = 1e-5
+device, dtypes = sys.argv[1], [getattr(torch, name) for name in sys.argv[2:]]
+
+
+def triton(dy, x, weight, form):
+    y, inverse = torch.empty_like(x), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    rms_norm_triton.forward(x, weight, EPS, form, y, inverse)
+    return [y, *rms_norm_triton.backward(dy, x, weight, inverse, form, [1, 1])], inverse
+
+
+def plain(dy, x, weight, form):
+    y, inverse = door._forward(x, weight, EPS, form)
+    return [y, *door._rms_norm_backward(dy, x, weight, inverse, form, [1, 1])], inverse
+
+
+def exact(dy, x, weight, form):
+    x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    hat = x / torch.sqrt((x * x).mean(-1, keepdim=True) + EPS)
+    y = hat * (weight + 1 if form == "shifted" else weight)
+    return [y.detach(), *torch.autograd.grad(y, (x, weight), dy.double())]
+
+
+for dtype in dtypes:
+    for shape in ((1, 1), (7, 42), (300, 16), (3, 4100), (0, 8)):
+        generator = torch.Generator().manual_seed(5)
+        x, dy = (torch.randn(shape, generator=generator).mul_(3).to(dtype) for _ in range(2))
+        weight = torch.randn(shape[1], generator=generator).add_(1).to(dtype)
+        for form in door.FORMS:
+            right = exact(dy, x, weight, form)
+            theirs, _ = plain(dy, x, weight, form)
+            moved = [one.to(device) for one in (dy, x, weight)]
+            ours, inverse = triton(*moved, form)
+            for name, mine, torchs, true in zip(("y", "dx", "dweight"), ours, theirs, right):
+                mine = mine.cpu()
+                assert mine.dtype == dtype and not mine.isnan().any()
+                if mine.numel():
+                    error, accepted = ((found.double() - true).abs().max() for found in (mine, torchs))
+                    slack = 1e-6 * max(1.0, float(true.abs().max()))
+                    assert error <= 3 * accepted + slack, (name, dtype, shape, form, float(error), float(accepted))
+            if shape[0]:
+                (dx,) = rms_norm_triton.backward(*moved, inverse, form, [1, 0])
+                (dweight,) = rms_norm_triton.backward(*moved, inverse, form, [0, 1])
+                assert torch.equal(dx, ours[1]) and torch.equal(dweight, ours[2])
+            if shape == (7, 42):  # the check sees a forgotten row
+                wrong = rms_norm_triton.backward(moved[0], moved[1], moved[2], inverse.flip(0), form, [1, 0])[0]
+                assert (wrong.cpu().double() - right[1]).abs().max() > 0.01
+print("held")
+"""
+
+
+def run(device: str, *dtypes: str, interpret: bool) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"} if interpret else {**os.environ}
+    if not interpret:
+        environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", CHECK, device, *dtypes]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0 and found.stdout.strip() == "held", found.stderr[-2000:]
+
+
+def test_in_the_interpreter() -> None:
+    run("cpu", "float32", "float16", interpret=True)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    run("cuda", "float32", "float16", "bfloat16", interpret=False)
