@@ -27,17 +27,12 @@ def write_cassette(path: Path, recipe: Recipe, solutions: Path) -> int:
     """Writes the cassette that `recipe`'s makers with a verifier are answered from; how many answers. solutions:
     gsm8k_model_solutions.parquet. A maker's tries beyond the fourth have no answer. HouseError for a recipe that has no
     such maker, and where `path` is there."""
-    import pyarrow.parquet as pq
-
     from .cassette import VERSION
     from .kept import answer_json, request_json
 
     if path.exists():
         raise HouseError(f"{path} is there: remove it, or name another file")
-    try:
-        rows = pq.read_table(solutions).to_pylist()
-    except OSError as error:
-        raise HouseError(f"cannot read {solutions}: {error}. Set GRISTMILL_DATA to the folder that holds it") from error
+    rows = _read(solutions)
     said = {request_json(request): answer for request, answer in _answers(recipe, rows)}
     if not said:
         raise HouseError(f"recipe {recipe.name!r} has no maker that samples answers (RejectionSampling and its kin)")
@@ -52,6 +47,27 @@ def write_cassette(path: Path, recipe: Recipe, solutions: Path) -> int:
     return len(said)
 
 
+def _read(solutions: Path) -> list[dict[str, Any]]:
+    """The questions, each with its reference and the text of each model's solution under the model's name."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not solutions.is_file():
+        raise HouseError(f"there is no {solutions}. Set GRISTMILL_DATA to the folder that holds {solutions.name}")
+    try:
+        rows = pq.read_table(solutions).to_pylist()
+        return [
+            {"question": row["question"], "ground_truth": row["ground_truth"]}
+            | {model: json.loads(row[model])["solution"] for model in MODELS}
+            for row in rows
+        ]
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise HouseError(
+            f"{solutions} does not hold the published solutions (columns question, ground_truth, {', '.join(MODELS)}):"
+            f" {type(error).__name__}: {error}. Set GRISTMILL_DATA to the folder that holds them"
+        ) from error
+
+
 def _answers(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[ChatRequest, ChatAnswer]]:
     from ...curation.sampling import Question, question_of, sample_ask
     from ...curation.synthesis import prompt, sampling_of
@@ -64,7 +80,7 @@ def _answers(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[C
             if not isinstance(one, Question):
                 continue
             for attempt, model in enumerate(MODELS):
-                text = json.loads(row[model])["solution"]
+                text = row[model]
                 finished = text.rsplit("\n", 1)[-1].startswith("A:")
                 ask = sample_ask(one, 0, attempt, solve, sampling_of(maker), maker.seed)
                 yield ask.request, ChatAnswer(text, 0, 0, finished)

@@ -35,7 +35,7 @@ def made(kind: str, dtype: torch.dtype = torch.float32) -> Any:
             if "norm" in name and parameter.ndim == 1:
                 parameter.add_(torch.linspace(-0.4, 0.4, parameter.numel()))
     isolate(model)
-    return model
+    return model.eval()
 
 
 def states(model: Any) -> Tensor:
