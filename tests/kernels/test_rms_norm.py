@@ -21,6 +21,11 @@ PEERS: list[tuple[Form, type[nn.Module]]] = [
 SHAPES = ((1, 1), (7, 42), (33, 257), (2, 5, 3, 16), (0, 8))
 
 
+@pytest.fixture(autouse=True)
+def _however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEAST", 0)
+
+
 def drawn(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """x, weight and a gradient of y."""
     generator = torch.Generator().manual_seed(3)
@@ -152,6 +157,18 @@ def test_rows_of_zeros_and_of_huge_numbers() -> None:
     torch.testing.assert_close(dx, torch.full((3, 8), 1 / math.sqrt(EPS)))
     huge = torch.full((2, 8), 1e18)
     torch.testing.assert_close(rms_norm(huge, weight, EPS, "plain"), torch.ones(2, 8))
+
+
+def test_what_fits_the_cache_takes_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    small, weight, _ = drawn((512, 192))
+    large, _, dy = drawn((4096, 192))
+    assert (module.path_of(small), module.path_of(large)) == ("naive", "rows")
+    assert torch.equal(rms_norm(small, weight, EPS, "plain"), naive_rms_norm(small, weight, EPS, "plain"))
+    leaf = large.requires_grad_()
+    (dx,) = torch.autograd.grad(rms_norm(leaf, weight, EPS, "plain"), leaf, dy)
+    (theirs,) = torch.autograd.grad(naive_rms_norm(leaf, weight, EPS, "plain"), leaf, dy)
+    torch.testing.assert_close(dx, theirs)
 
 
 def test_refusals() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gristmill.kernels import rms_norm
 from gristmill.tuning.attention import ARCHITECTURES, hidden_states, isolate
 from gristmill.tuning.lora import add_lora
 from gristmill.tuning.models import load_model
@@ -20,6 +21,11 @@ FORMS = {
     "gemma": "shifted", "gemma2": "shifted", "gemma3_text": "shifted", "olmo2": "plain", "helium": "plain",
 }  # fmt: skip
 IDS = torch.randint(3, 90, (24,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rms_norm, "LEAST", 0)
 
 
 def made(kind: str, dtype: torch.dtype = torch.float32) -> Any:
