@@ -9,7 +9,7 @@ from ..curation.door import Progress
 from ..curation.folder import HouseError, RunFolder, read_json, write_json
 from ..curation.shards import read_split
 from ..tuning.evaluate import evaluate_preference, evaluate_sft, evaluate_unpaired
-from ..tuning.models import load_tokenizer
+from ..tuning.models import load_config, load_tokenizer
 from ..tuning.objectives import find_loss
 from ..tuning.servable import check_servable
 from ..tuning.settings import Training
@@ -60,9 +60,7 @@ def _asks_through_vllm(recipe: Recipe, stage: Train) -> str | None:
 
 def _refuse_unservable(stage: Train, asker: str, base: Path) -> None:
     """HouseError, before the first step, where vLLM would not take what the stage is about to train."""
-    from transformers import AutoConfig
-
-    found = check_servable(AutoConfig.from_pretrained(base), stage.settings.lora)
+    found = check_servable(load_config(base), stage.settings.lora)
     if found:
         raise HouseError(
             f"stage {stage.name}: the set {asker} will ask it through vLLM, which would not take it: {'; '.join(found)}"

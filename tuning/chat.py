@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -64,11 +65,13 @@ class Template:
         """The conversation as text; with `prompt`, up to where the assistant's next turn begins.
 
         HouseError where the template refuses the conversation, with the template's own words."""
-        text = None if tools else self._fast(messages, prompt)
         try:
+            text = None if tools else self._fast(messages, prompt)
             if text is None:
                 text = self._render(messages, tools, prompt)
             text.encode()  # a lone surrogate would fail the whole batch in the tokenizer
+        except TemplateSyntaxError as error:
+            raise HouseError(f"the chat template is no Jinja template: line {error.lineno}: {error.message}") from error
         except Exception as error:  # a template is foreign code
             raise HouseError(f"the chat template refuses this conversation: {error}") from error
         return text

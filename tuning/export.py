@@ -20,14 +20,14 @@ from typing import Any, Literal, get_args
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ..curation.folder import HouseError, read_json, whole_folder, write_json
 from ..kernels.nf4 import STATE, dequantise, from_tensors, quantise, to_tensors
 from .agreement import compare, logits_of, probes, tolerance_of
 from .chat import end_of_turn
 from .digests import RECORD
-from .models import load_tokenizer
+from .models import load_config, load_tokenizer
 from .parents import Parents, find_parents, parents_record
 from .quantised import is_nf4
 from .servable import check_servable
@@ -91,7 +91,7 @@ def export(
             _write_merged(parents, folder, kind, wanted, shard_bytes, device, progress)
         stop = _write_sides(parents, folder, kind)
         found = _check(parents, folder, kind, device)
-        config = AutoConfig.from_pretrained(parents.base, local_files_only=True)
+        config = load_config(parents.base)
         lora = read_json(folder / "adapter_config.json") if kind == "adapter" else None
         manifest = {
             "kind": kind,
@@ -143,7 +143,7 @@ def _write_merged(
     parents: Parents, folder: Path, kind: As, dtype: torch.dtype, shard_bytes: int, device: str, progress: Any
 ) -> None:
     files = WeightFiles(parents.base)
-    config = AutoConfig.from_pretrained(parents.base, local_files_only=True)
+    config = load_config(parents.base)
     stored_nf4 = is_nf4(config)
     linears = _linears(config)
     updates = {} if parents.adapter is None else read_updates(parents.adapter)

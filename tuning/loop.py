@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..curation.folder import HouseError, read_json, whole_folder, write_json
 from .adapted import LoraLinear
@@ -29,7 +29,7 @@ from .data import Family, Objective, Plan, make_plan, read_rows, read_units, wri
 from .forward import context_of
 from .held_out import Best, held_out_plan, keep_best, measure, prune_best, read_best, with_plan
 from .lora import add_lora, check_continued, load_adapter, save_adapter
-from .models import load_model, load_tokenizer
+from .models import load_config, load_model, load_tokenizer
 from .noise import mask_token_of
 from .objectives import Loss, find_loss
 from .optim import learning_rate, make_optimizer, set_rate
@@ -82,7 +82,7 @@ def train(
         if past is not None and past["status"] == "complete":
             return past
         with continuable(out), training_place(settings, past) as place:
-            config = AutoConfig.from_pretrained(model, local_files_only=True)
+            config = load_config(model)
             tokenizer, context = load_tokenizer(model), context_of(config)
             plan = _plan(read_rows(objective, data), loss.family, tokenizer, settings, context)
             held = None

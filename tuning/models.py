@@ -90,8 +90,8 @@ def load_model(
     wanted = torch_dtype(dtype, device)
     if base is None and adapter is not None:
         base = noted_base(adapter)
+    config = load_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with no_bars():
             model: Any = (
                 load_nf4(folder, config, wanted)
@@ -166,6 +166,17 @@ def check_model(folder: Path) -> None:
         raise HouseError(f"{folder} holds no config.json: not a model in Hugging Face's format")
     if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
         raise HouseError(f"{folder} holds a config.json but no weights ({' or '.join(_WEIGHTS)})")
+
+
+def load_config(folder: Path) -> Any:
+    """The configuration of the model in `folder`. HouseError where `check_model` finds none, or transformers cannot
+    read it or does not know its architecture."""
+    check_model(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # as in load_model
+        said = " ".join(str(error).split("\n\n")[0].split())
+        raise HouseError(f"{folder}/config.json describes no model that transformers can load: {said}") from error
 
 
 def torch_dtype(name: str, device: str) -> torch.dtype:

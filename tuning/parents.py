@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from ..curation.folder import HouseError, read_json
 from .digests import model_digest
-from .models import check_model
+from .models import check_model, load_config
 from .quantised import is_nf4
 from .weight_files import WeightFiles
 
@@ -104,7 +103,7 @@ def _stored(adapter: Path | None) -> str:
 
 def _weights_dtype(base: Path) -> torch.dtype:
     """Of the base's floating-point weights, the first; of an NF4 checkpoint, what it was quantised from."""
-    config = AutoConfig.from_pretrained(base, local_files_only=True)
+    config = load_config(base)
     if is_nf4(config) and isinstance(config.dtype, torch.dtype):
         return config.dtype
     return WeightFiles(base).floating_dtype()

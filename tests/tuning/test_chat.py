@@ -295,6 +295,12 @@ def test_a_template_without_an_end_of_turn_is_refused() -> None:
         tokenise_messages(tokenizer(CHATML.replace("<|im_end|>", "")), [ASK, SAY])
 
 
+def test_a_template_that_does_not_parse_is_refused_with_its_line() -> None:
+    broken = tokenizer("{% for m in messages %}\n{{ m.content }\n{% endfor %}")
+    with pytest.raises(HouseError, match=r"no Jinja template: line 2: unexpected '}'"):
+        tokenise_messages(broken, [turn("user", "a"), turn("assistant", "b")])
+
+
 def test_a_template_that_raises_is_refused_in_its_own_words() -> None:
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
     with pytest.raises(HouseError, match="no system role"):

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,6 +283,11 @@ def test_refusals_name_what_is_wrong(home: Path, tmp_path: Path) -> None:
         train("sft", home / "sft", home / "nothing", tmp_path / "d", SMALL)
     with pytest.raises(HouseError, match="has not finished"):
         train("sft", home / "sft", home / "model", tmp_path / "e", SMALL, adapter=home / "nothing")
+    shutil.copytree(home / "model", tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").unlink()
+    with pytest.raises(HouseError, match=r"bare holds no config\.json"):
+        train("sft", home / "sft", tmp_path / "bare", tmp_path / "f", SMALL)
+    shutil.rmtree(tmp_path / "bare")
     (tmp_path / "file").write_text("")
     with pytest.raises(HouseError, match="cannot write"):
         train("sft", home / "sft", home / "model", tmp_path / "file", SMALL)

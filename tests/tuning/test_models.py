@@ -14,6 +14,7 @@ from gristmill.tuning.attention import head, hidden_states
 from gristmill.tuning.chat import tokenise_messages
 from gristmill.tuning.digests import model_digest
 from gristmill.tuning.models import (
+    load_config,
     load_model,
     load_tokenizer,
     make_model,
@@ -162,6 +163,24 @@ def test_folders_that_hold_no_model(made: Path, tmp_path: Path) -> None:
     (tmp_path / "bare" / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(HouseError, match=r"bare/model\.safetensors is damaged or not whole"):
         load_model(tmp_path / "bare")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("{not json", "not a valid JSON file"),
+        ('{"model_type": "no-such"}', "has model type `no-such` but Transformers does not recognize"),
+        ("{}", "Unrecognized model"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_refused(made: Path, tmp_path: Path, config: str, said: str) -> None:
+    shutil.copytree(made, tmp_path / "odd")
+    (tmp_path / "odd" / "config.json").write_text(config)
+    with pytest.raises(HouseError, match=rf"odd/config\.json describes no model .*{said}") as error:
+        load_config(tmp_path / "odd")
+    assert "pip install git+" not in str(error.value)
+    with pytest.raises(HouseError, match="describes no model"):
+        load_model(tmp_path / "odd")
 
 
 def test_a_tokenizer_without_template_or_end_is_refused(made: Path, tmp_path: Path) -> None:
