@@ -1,5 +1,5 @@
 """The Triton kernels of the norm in Triton's interpreter (a process of its own: the variable that turns it on must
-stand before triton is imported), fp32 and fp16, against torch in fp64; and in bf16 on a GPU."""
+stand before triton is imported), fp32 and fp16, against torch in fp64; compiled for Hopper; in bf16 on a GPU."""
 
 import os
 import subprocess
@@ -65,17 +65,50 @@ print("held")
 """
 
 
-def run(device: str, *dtypes: str, interpret: bool) -> None:
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from gristmill.kernels import rms_norm_triton
+
+kinds = dict.fromkeys(("x", "weight", "y", "dy", "dx"), "*bf16") | dict.fromkeys(("inverse", "dweight"), "*fp32")
+kinds |= {"n": "i32", "width": "i32", "eps": "fp32"}
+fixed = {"ROUNDED": True, "SHIFTED": False, "WANT_X": True, "WANT_WEIGHT": True}
+for width in (128, 4096):
+    sizes = rms_norm_triton._sizes(width)
+    for kernel in (rms_norm_triton._forward, rms_norm_triton._backward):
+        names = kernel.arg_names
+        whole = [(names.index(name),) for name in names if kinds.get(name, "").startswith(("*", "i"))]
+        source = ASTSource(
+            fn=kernel,
+            signature={name: kinds.get(name, "constexpr") for name in names},
+            constexprs={(names.index(name),): value for name, value in (fixed | sizes).items() if name in names},
+            attrs={place: [["tt.divisibility", 16]] for place in whole},
+        )
+        options = {"num_warps": sizes["num_warps"]}
+        code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+        assert "ld.global.v4" in code and "st.global.v4" in code, (width, kernel)
+        assert ".local" not in code, (width, kernel)
+print("held")
+"""
+
+
+def run(device: str, *dtypes: str, interpret: bool, check: str = CHECK) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"} if interpret else {**os.environ}
     if not interpret:
         environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", CHECK, device, *dtypes]
+    command = [sys.executable, "-c", check, device, *dtypes]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert found.returncode == 0 and found.stdout.strip() == "held", found.stderr[-2000:]
 
 
 def test_in_the_interpreter() -> None:
     run("cpu", "float32", "float16", interpret=True)
+
+
+def test_compiled_for_hopper() -> None:
+    """In bf16, with 16-byte accesses and no register array in memory, for heads and for a decoder's width."""
+    run("cpu", interpret=False, check=COMPILED)
 
 
 @pytest.mark.gpu
