@@ -1,8 +1,9 @@
 """The door to language models: what curation asks of one. Implementations live elsewhere and are handed in by flows."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +89,38 @@ class StreamingChat(Protocol):
 
     def stream(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, ChatAnswer | ChatError]]:
         """(place in `requests`, answer or error), each place once, in the order in which answers come."""
+
+
+@dataclass
+class Requests:
+    """What became of requests: asked = answered + failed (by kind of error); answered = parsed + unparsed (by reason).
+    cached: answers paid for before; tokens are of all answers, cost of those that were not."""
+
+    asked: int = 0
+    answered: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    parsed: int = 0
+    unparsed: Counter[str] = field(default_factory=Counter)
+    cached: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    cost: float = 0.0
+
+    def count(self, answer: ChatAnswer | ChatError, price: tuple[float, float]) -> None:
+        """What came for one request. price: as a ChatModel's."""
+        if isinstance(answer, ChatError):
+            self.failed[answer.kind] += 1
+            return
+        self.answered += 1
+        self.prompt_tokens += answer.prompt_tokens
+        self.tokens += answer.tokens
+        self.cached += answer.cached
+        if not answer.cached:
+            self.cost += (answer.prompt_tokens * price[0] + answer.tokens * price[1]) / 1e6
+
+    def record(self) -> dict[str, Any]:
+        """As the step's record holds it."""
+        return {name: dict(sorted(v.items())) if isinstance(v, Counter) else v for name, v in vars(self).items()}
 
 
 class ResponseScorer(Protocol):

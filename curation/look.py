@@ -142,6 +142,8 @@ def _print_makers(found: Sequence[Account], console: Console) -> None:
         table.add_row(Text(str(one.step)), *_cells(one.maker, *counts, *each))
     console.print(table)
     for one in found:
+        if one.judged is not None:
+            console.print(Text(f"{one.step} {one.maker}: judged by {plain(one.judged.line())}", style="dim"))
         lost = "; ".join(f"{what} {reasons}" for what, reasons in one.lost())
         if lost:
             console.print(Text(f"{one.step} {one.maker}: {plain(lost)}", style="dim"))

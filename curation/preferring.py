@@ -119,7 +119,7 @@ def sampled(
         for ask, answer in session.ask(asks)
         if usable(session, answer, cut=cut)
     )
-    found = list(verified(came, verifier, session.corpus.tools))
+    found = list(verified(came, verifier, session.tools))
     session.tally.verified += sum(finding.right is not None for _, finding in found)
     return found
 

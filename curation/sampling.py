@@ -199,7 +199,7 @@ def sample(
         if not asks:
             return
         said = (((ask, answer), asked[ask.about[0]].case(answer.text)) for ask, answer in session.ask(asks))
-        for (ask, answer), finding in verified(said, verifier, session.corpus.tools):
+        for (ask, answer), finding in verified(said, verifier, session.tools):
             _count(session, asked[ask.about[0]], Tried(ask, answer, finding), budget)
 
 

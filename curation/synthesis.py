@@ -3,7 +3,8 @@ for, and rows that say where they come from.
 
 A `Session` is one maker at work on one corpus. It asks, hands out answers as they come, and counts: asked = answered +
 failed (by kind); answered = parsed + unparsed (by reason); of what was parsed, rows are made or refused (by reason).
-The counts go into the step's record, and a maker that made nothing says why in a warning.
+What a verifier asks of a model itself is counted apart (`judged`), where it gets the session's `tools`. The counts go
+into the step's record, and a maker that made nothing says why in a warning.
 """
 
 import json
@@ -15,13 +16,14 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, cast
 
 from .asking import seed_of
-from .door import ChatAnswer, ChatError, ChatModel, ChatRequest, Sampling, StreamingChat
+from .door import ChatAnswer, ChatError, ChatModel, ChatRequest, Requests, Sampling, StreamingChat
 from .folder import HouseError
 from .rows import Row, digest, made_row
-from .steps import Corpus
+from .steps import Corpus, Tools
+from .verifying import Bench
 
 PROMPTS = Path(__file__).with_name("prompts")
 TURN = "\n---\n"  # between the system turn and the user turn of a prompt's file, where it has both
@@ -68,25 +70,12 @@ class Ask:
 
 
 @dataclass
-class Tally:
+class Tally(Requests):
     """What became of every request of one maker, and of what was parsed out of the answers."""
 
-    asked: int = 0
-    answered: int = 0
-    failed: Counter[str] = field(default_factory=Counter)  # by kind of error
-    parsed: int = 0
-    unparsed: Counter[str] = field(default_factory=Counter)  # by reason
     verified: int = 0
     refused: Counter[str] = field(default_factory=Counter)  # by reason: what a verifier or an elimination turned down
     made: int = 0
-    cached: int = 0  # answers paid for before
-    prompt_tokens: int = 0
-    tokens: int = 0
-    cost: float = 0.0
-
-    def record(self) -> dict[str, Any]:
-        """As the step's record holds it."""
-        return {name: dict(sorted(v.items())) if isinstance(v, Counter) else v for name, v in vars(self).items()}
 
 
 class Session:
@@ -97,6 +86,12 @@ class Session:
         self.maker, self.corpus, self.source = maker, corpus, source
         self.chat: ChatModel = corpus.tools.chat(model)
         self.tally = Tally()
+        self._bench = Bench(corpus.tools)
+
+    @property
+    def tools(self) -> Tools:
+        """What a verifier of this session is given: the corpus's tools, by which what it asks is counted."""
+        return cast(Tools, self._bench)
 
     def beside(self, model: str) -> "Session":
         """The same session, with its tally, asking another model of the recipe: a judge, or a second author."""
@@ -110,16 +105,22 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             return
-        told = self.tally.record()
-        self.corpus.record(synthesis=told | {"model": self.chat.name, "licence": self.chat.licence})
+        told = self.tally.record() | {"model": self.chat.name, "licence": self.chat.licence}
+        judged = self._bench.requests
+        if judged.asked:
+            told["judged"] = judged.record() | {"model": ", ".join(sorted(self._bench.models))}
+        self.corpus.record(synthesis=told)
         name = type(self.maker).__name__
-        lost = {**self.tally.failed, **self.tally.unparsed, **self.tally.refused}
+        unheard = {f"judge_{kind}": count for kind, count in judged.failed.items()}
+        lost = {**self.tally.failed, **self.tally.unparsed, **self.tally.refused, **unheard}
         if not self.tally.made:
             why = ", ".join(f"{count} {reason}" for reason, count in sorted(lost.items()))
             warnings.warn(f"{name} made no row: {self.tally.asked} requests; {why or 'nothing to ask'}", stacklevel=2)
-        elif self.tally.failed:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.tally.failed.items()))
-            warnings.warn(f"{name}: {kinds} of {self.tally.asked} requests failed", stacklevel=2)
+            return
+        for whose, counts in (("", self.tally), (" of its judge", judged)):
+            if counts.failed:
+                kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.failed.items()))
+                warnings.warn(f"{name}: {kinds} of {counts.asked} requests{whose} failed", stacklevel=2)
 
     def ask(self, asks: Sequence[Ask]) -> Iterator[tuple[Ask, ChatAnswer]]:
         """Answers with their requests, in the order of `asks`; failures are counted. Empty answers are handed out: what
@@ -127,7 +128,7 @@ class Session:
         found: dict[int, ChatAnswer | ChatError] = {}
         next_place = 0
         for place, answer in self._answers(asks):
-            self._count(answer)
+            self.tally.count(answer, self.chat.price)
             found[place] = answer
             self.corpus.progress(self.tally.answered + self.tally.failed.total(), self.tally.asked)
             while next_place in found:  # in order, whatever came first: rows must not depend on a server's haste
@@ -144,18 +145,6 @@ class Session:
         if isinstance(self.chat, StreamingChat):
             return self.chat.stream(requests)
         return enumerate(self.chat.complete(requests, self.corpus.progress))
-
-    def _count(self, answer: ChatAnswer | ChatError) -> None:
-        if isinstance(answer, ChatError):
-            self.tally.failed[answer.kind] += 1
-            return
-        self.tally.answered += 1
-        self.tally.prompt_tokens += answer.prompt_tokens
-        self.tally.tokens += answer.tokens
-        self.tally.cached += answer.cached
-        if not answer.cached:
-            of_prompt, of_answer = self.chat.price
-            self.tally.cost += (answer.prompt_tokens * of_prompt + answer.tokens * of_answer) / 1e6
 
     def unparsed(self, reason: str) -> None:
         """Counts an answer that says nothing usable."""

@@ -75,10 +75,20 @@ COLUMNS: dict[str, dict[str, str]] = {
         "prompt_tokens": "BIGINT",
         "tokens": "BIGINT",
         "cost": "DOUBLE",
-        "tokens_per_row": "DOUBLE",  # of prompts and answers, by rows kept; null where none was
+        "tokens_per_row": "DOUBLE",  # of prompts and answers, judged ones too, by rows kept; null where none was
         "cost_per_row": "DOUBLE",
+        "judged_model": "VARCHAR",  # what the maker's verifier asked of a model itself; null where it asked none
+        "judged_asked": "BIGINT",
+        "judged_answered": "BIGINT",
+        "judged_failed": "BIGINT",
+        "judged_parsed": "BIGINT",
+        "judged_unparsed": "BIGINT",
+        "judged_cached": "BIGINT",
+        "judged_prompt_tokens": "BIGINT",
+        "judged_tokens": "BIGINT",
+        "judged_cost": "DOUBLE",
     },
-    "maker_reasons": {  # what: failed, unparsed, refused, dropped; judge: the step that dropped
+    "maker_reasons": {  # what: failed, unparsed, refused, dropped, judged_failed, judged_unparsed; judge: who dropped
         "set": "VARCHAR",
         "step": "INTEGER",
         "maker": "VARCHAR",
@@ -331,7 +341,8 @@ def _makers(con: Any, folder: RunFolder) -> None:
 
 
 def _told(step: Mapping[str, Any]) -> Json:
-    told = step.get("synthesis", {})
+    told = dict(step.get("synthesis", {}))
+    told |= {f"judged_{name}": value for name, value in told.pop("judged", {}).items()}
     said = {name: sum(v.values()) if isinstance(v, dict) else v for name, v in told.items()}
     if told.get("model") is None:  # a maker that looks at rows as others ask: nobody answered
         said.pop("asked", None)
@@ -340,8 +351,11 @@ def _told(step: Mapping[str, Any]) -> Json:
 
 def _told_reasons(step: Mapping[str, Any]) -> Iterator[Json]:
     head = {"set": step["set"], "step": step["step"], "maker": step["name"]}
-    for what in ("failed", "unparsed", "refused"):
-        for reason, rows in step.get("synthesis", {}).get(what, {}).items():
+    told = step.get("synthesis", {})
+    groups = {what: told.get(what, {}) for what in ("failed", "unparsed", "refused")}
+    groups |= {f"judged_{what}": told.get("judged", {}).get(what, {}) for what in ("failed", "unparsed")}
+    for what, reasons in groups.items():
+        for reason, rows in reasons.items():
             yield head | {"what": what, "reason": reason, "rows": rows}
 
 
@@ -363,7 +377,11 @@ CREATE VIEW makers AS
 SELECT t."set", t.step, t.maker, t.model, t.licence, t.asked, t.answered, t.failed, t.parsed, t.unparsed, t.verified,
   t.refused, t.made, coalesce(f.kept, 0) AS kept, coalesce(f.held_out, 0) AS held_out,
   coalesce(f.dropped, 0) AS dropped, t.cached, t.prompt_tokens, t.tokens, t.cost,
-  (t.prompt_tokens + t.tokens) / nullif(f.kept, 0) AS tokens_per_row, t.cost / nullif(f.kept, 0) AS cost_per_row
+  (t.prompt_tokens + t.tokens + coalesce(t.judged_prompt_tokens + t.judged_tokens, 0)) / nullif(f.kept, 0)
+    AS tokens_per_row,
+  (t.cost + coalesce(t.judged_cost, 0)) / nullif(f.kept, 0) AS cost_per_row,
+  t.judged_model, t.judged_asked, t.judged_answered, t.judged_failed, t.judged_parsed, t.judged_unparsed,
+  t.judged_cached, t.judged_prompt_tokens, t.judged_tokens, t.judged_cost
 FROM maker_steps t
 LEFT JOIN (
   SELECT "set", step, count(*) FILTER (WHERE dropped_at IS NULL) AS kept,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..curation.accounts import Account, origin_lines
+from ..curation.accounts import Account, Judged, origin_lines
 from ..curation.folder import RunFolder
 from ..curation.look import Funnel, Life, cut, life, plain, records
 from ..curation.text.view import prompt_of, response_of
@@ -17,32 +17,39 @@ def makers(con: Any, folder: RunFolder, found: Funnel) -> list[Json]:
     """The accounts of all makers, each with its samples. con: a connection of views.connect."""
     shown = []
     for one in found.makers:
-        requests = [
-            ("asked", one.asked),
-            ("answered", one.answered),
-            ("failed", _sum(one, one.failed)),
-            ("parsed", one.parsed),
-            ("not parsed", _sum(one, one.unparsed)),
-            ("verified", one.verified),
-            ("refused", _sum(one, one.refused)),
-        ]
+        requests = [*_requests(one), ("verified", one.verified), ("refused", _sum(one, one.refused))]
         rows = [("made", one.made), ("kept", one.kept), ("held out", one.held_out)]
         rows.append(("dropped", sum(one.dropped.values())))
-        price: list[tuple[str, float | None]] = [
-            ("tokens of prompts", one.prompt_tokens),
-            ("of answers", one.tokens),
-            ("paid for before", one.cached),
-        ]
-        price += [("tokens a kept row", one.tokens_per_row), ("cost", one.cost), ("cost a kept row", one.cost_per_row)]
+        price = [*_price(one), ("tokens a kept row", one.tokens_per_row), ("cost a kept row", one.cost_per_row)]
+        judged = [] if one.judged is None else [*_requests(one.judged), *_price(one.judged)]
         samples = [_sample(life(con, folder, row_id)) for row_id in _drawn(con, one)]
         shown.append(
-            {"account": one, "requests": requests, "rows": rows, "price": price, "lost": list(one.lost()),
-             "samples": samples}
+            {"account": one, "requests": requests, "rows": rows, "price": price, "judged": judged,
+             "lost": list(one.lost()), "samples": samples}
         )  # fmt: skip
     return shown
 
 
-def _sum(one: Account, reasons: Any) -> int | None:
+def _requests(one: Account | Judged) -> list[tuple[str, int | None]]:
+    return [
+        ("asked", one.asked),
+        ("answered", one.answered),
+        ("failed", _sum(one, one.failed)),
+        ("parsed", one.parsed),
+        ("not parsed", _sum(one, one.unparsed)),
+    ]
+
+
+def _price(one: Account | Judged) -> list[tuple[str, float | None]]:
+    return [
+        ("tokens of prompts", one.prompt_tokens),
+        ("of answers", one.tokens),
+        ("paid for before", one.cached),
+        ("cost", one.cost),
+    ]
+
+
+def _sum(one: Account | Judged, reasons: Any) -> int | None:
     return None if one.asked is None else sum(reasons.values())
 
 

@@ -55,7 +55,7 @@ class CleanCode:
             work = self._right(corpus, session)
             accepted: dict[str, list[tuple[str, Ask, ChatAnswer]]] = {}
             for step in self.steps:
-                self._round(step, work, session, accepted, corpus)
+                self._round(step, work, session, accepted)
             made = [self._row(work[name], accepted[name], session) for name in work if name in accepted]
             if made:
                 yield table(made)
@@ -69,7 +69,7 @@ class CleanCode:
                 if one is not None:
                     found.append(one)
         right: dict[str, _Program] = {}
-        for one, finding in zip(found, self.verifier.verify([one.case() for one in found], corpus.tools), strict=True):
+        for one, finding in zip(found, self.verifier.verify([one.case() for one in found], session.tools), strict=True):
             if finding.right:
                 right[one.row["row_id"]] = one
             else:
@@ -82,7 +82,6 @@ class CleanCode:
         work: dict[str, "_Program"],
         session: Session,
         accepted: dict[str, list[tuple[str, Ask, ChatAnswer]]],
-        corpus: Corpus,
     ) -> None:
         """One step for every program: asked, parsed, tested while others are asked, accepted where still right."""
         told = prompt(f"clean_{step}")
@@ -92,7 +91,7 @@ class CleanCode:
             turns = told.turns(names=one.names, task=one.task, code=one.code)
             asks.append(asking(told, turns, sampling, ("clean_code", self.seed, step, name), (name,), name))
         for (ask, answer, code), finding in verified(
-            self._tried(step, asks, work, session), self.verifier, corpus.tools
+            self._tried(step, asks, work, session), self.verifier, session.tools
         ):
             if finding.right:
                 session.tally.verified += 1

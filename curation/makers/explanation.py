@@ -152,7 +152,7 @@ class OrcaExplanation:
             yield from ((pair, None) for pair in came)
             return
         cases = ((pair, _case(*pair)) for pair in came)
-        for pair, told in verified(cases, self.verifier, session.corpus.tools):
+        for pair, told in verified(cases, self.verifier, session.tools):
             session.tally.verified += told.right is True
             if told.right:
                 yield pair, told

@@ -99,7 +99,7 @@ class TestedPreference:
             for ask, answer in session.ask(asks)
             if self._is_program(answer, session)
         )
-        for (ask, answer), finding in verified(cases, self.limits, session.corpus.tools):
+        for (ask, answer), finding in verified(cases, self.limits, session.tools):
             yield ask, answer, finding
 
     def _is_program(self, answer: ChatAnswer, session: Session) -> bool:

@@ -96,7 +96,7 @@ class PreferenceTree:
             for text in [((path[-1] if path else "") + rest).strip()]
         )
         leaves: dict[str, dict[str, _Leaf]] = {}
-        for (said, path, text), finding in verified(cases, self.verifier, session.corpus.tools):
+        for (said, path, text), finding in verified(cases, self.verifier, session.tools):
             if finding.right is None:
                 session.refused("verifier_abstains")
                 continue

@@ -99,7 +99,7 @@ class ReGenesis:
         seen = set()
         asks = [self._ask(plan, "path") for plan in plans]
         said = (((ask, answer), ask.about.question.case(answer.text)) for ask, answer in session.ask(asks))
-        for (ask, answer), told in verified(said, self.verifier, session.corpus.tools):
+        for (ask, answer), told in verified(said, self.verifier, session.tools):
             plan: _Plan = ask.about
             if not answer.text.strip() or told.right is None:
                 session.unparsed("undecided" if answer.text.strip() else "empty")

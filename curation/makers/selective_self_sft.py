@@ -98,7 +98,7 @@ class SelectiveSelfSft:
     def _right(self, session: Session, asked: "list[Question]", asks: list[Ask], words: str) -> "dict[int, _Said]":
         said = (((ask, answer), asked[ask.about[0]].case(answer.text)) for ask, answer in session.ask(asks))
         found = {}
-        for (ask, answer), told in verified(said, self.verifier, session.corpus.tools):
+        for (ask, answer), told in verified(said, self.verifier, session.tools):
             if not answer.text.strip():
                 session.unparsed("empty")
             elif told.right is None:

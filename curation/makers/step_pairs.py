@@ -182,7 +182,7 @@ class StepPairs:
                     yield (ask.about, said), one.ask.about.case(prefix + rest)
 
         found: list[list[Said]] = [[] for _ in prefixes]
-        for (place, said), finding in verified(came(), self.verifier, session.corpus.tools):
+        for (place, said), finding in verified(came(), self.verifier, session.tools):
             session.tally.verified += finding.right is not None
             if finding.right and said.text:
                 found[place].append(said)

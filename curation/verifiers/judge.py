@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..asking import seed_of
-from ..door import ChatAnswer, ChatError, ChatRequest, Sampling
+from ..door import ChatRequest, Sampling
 from ..rows import digest
 from ..steps import Tools
 from ..synthesis import prompt
-from ..verifying import Case, Finding
+from ..verifying import Case, Finding, hear
 
 VERDICT = re.compile(r"\bverdict\b[\s:*`_]*(yes|no|unsure)\b", re.IGNORECASE)
+UNREAD = ("no_verdict", "several_verdicts")
 ALONE = re.compile(r"^[\s*`\"']*(yes|no|unsure)\b", re.IGNORECASE)
 
 
@@ -45,7 +46,7 @@ class JudgedRight:
             else:
                 asked.append(place)
         requests = [self._request(cases[place], swapped) for place in asked for swapped in (False, True)]
-        told = tools.chat(self.model).complete(requests) if requests else []
+        told = hear(tools, self.model, requests, parse_verdict, UNREAD)
         for at, place in enumerate(asked):
             found[place] = finding(told[2 * at], told[2 * at + 1])
         return [found[place] for place in range(len(cases))]
@@ -70,12 +71,11 @@ def parse_verdict(text: str) -> bool | str:
     return "unsure" if one == "unsure" else one == "yes"
 
 
-def finding(one: ChatAnswer | ChatError, other: ChatAnswer | ChatError) -> Finding:
-    """What two verdicts in swapped places come to."""
-    read = [answer.kind if isinstance(answer, ChatError) else parse_verdict(answer.text) for answer in (one, other)]
-    detail = ", ".join(said if isinstance(said, str) else "yes" if said else "no" for said in read)
-    if read[0] is True and read[1] is True:
+def finding(one: bool | str, other: bool | str) -> Finding:
+    """What two verdicts in swapped places come to, each as `parse_verdict` reads it or the kind of an error."""
+    detail = ", ".join(said if isinstance(said, str) else "yes" if said else "no" for said in (one, other))
+    if one is True and other is True:
         return Finding(True, f"judged {detail}")
-    if read[0] is False and read[1] is False:
+    if one is False and other is False:
         return Finding(False, f"judged {detail}")
     return Finding(None, f"judged {detail}")

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from gristmill.curation.beside import verified
 from gristmill.curation.door import ChatAnswer, ChatError, ChatRequest, Sampling
 from gristmill.curation.folder import HouseError
 from gristmill.curation.rows import message
 from gristmill.curation.synthesis import Prompt, Session, asking, prompt
+from gristmill.curation.verifiers.judge import JudgedRight
+from gristmill.curation.verifying import Case
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,53 @@ def test_every_request_is_counted_and_answers_keep_their_order(door: Door) -> No
     assert made["topic"] == "t" and row["parents"] == ["p-a"] and row["maker"] == "Maker(style='plain')"
     assert {"model": "small", "licence": "MIT", "model_digest": "d1"}.items() <= made["made"].items()
     assert made["made"]["sampling"]["temperature"] == 0.8 and made["made"]["seed"] == answers[0][0].request.seed
+
+
+class Judge(Door):
+    """Says yes to what is in capitals, nothing of use to `odd`; fails as its maker does."""
+
+    name, price = "judge", (2.0, 20.0)
+
+    def answer(self, request: ChatRequest) -> ChatAnswer | ChatError:
+        said = request.messages[-1][1]
+        if "lost" in said:
+            return ChatError("server", "500")
+        return ChatAnswer("Verdict: yes" if "odd" not in said else "Who knows?", 50, 5, True)
+
+
+class Court(Corpus):
+    """A corpus with a judge beside the door."""
+
+    def chat(self, model: str) -> Door:
+        return Judge() if model == "judge" else self.door
+
+
+def test_what_a_verifier_asks_is_counted_apart() -> None:
+    corpus, texts, judge = Court(Door()), [*map(str, range(70)), "odd", "lost"], JudgedRight("judge")
+    lost = pytest.warns(UserWarning, match="Maker: 2 server of 144 requests of its judge failed")
+    with lost, Session(Maker(), corpus, "m", "x") as at:  # type: ignore[arg-type]
+        said = ((ask, Case("q", answer.text + ask.about, ask.about)) for ask, answer in at.ask(asks(*texts)))
+        found = list(verified(said, judge, at.tools))
+        at.row(found[0][0], None, messages=[message("user", "A")])
+        at.tally.parsed += 72
+    assert [finding.right for _, finding in found] == [True] * 70 + [None] * 2
+    assert found[-1][1].detail == "judged server, server" and found[-2][1].detail == "judged no_verdict, no_verdict"
+    told = corpus.facts["synthesis"]
+    assert (told["asked"], told["answered"], told["failed"], told["prompt_tokens"]) == (72, 72, {}, 7200)
+    assert told["judged"] == {
+        "asked": 144, "answered": 142, "failed": {"server": 2}, "parsed": 140, "unparsed": {"no_verdict": 2},
+        "cached": 0, "prompt_tokens": 7100, "tokens": 710, "model": "judge",
+        "cost": pytest.approx(142 * (50 * 2.0 + 5 * 20.0) / 1e6),
+    }  # fmt: skip
+
+
+def test_a_maker_whose_verifier_asks_no_model_has_nothing_judged() -> None:
+    corpus = Corpus(Door())
+    with Session(Maker(), corpus, "m", "x") as at:  # type: ignore[arg-type]
+        (one,) = at.ask(asks("a"))
+        assert [f.right for _, f in verified([(one, Case("q", "a", "a"))], JudgedRight("m"), at.tools)] == [True]
+        at.row(*one, messages=[message("user", "A")])
+    assert "judged" not in corpus.facts["synthesis"]
 
 
 def test_a_maker_that_made_nothing_says_why() -> None:

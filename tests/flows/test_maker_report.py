@@ -3,6 +3,7 @@
 import io
 import json
 import runpy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from gristmill.curation.door import ChatAnswer, ChatError, ChatRequest, Sampling
 from gristmill.curation.folder import RunFolder, read_json, write_json
 from gristmill.curation.judges.length import ResponseLength
 from gristmill.curation.judges.maker_quota import MakerQuota
+from gristmill.curation.preferring import Question, sampled, samples
 from gristmill.curation.rows import message, table
 from gristmill.curation.sift import SetPlan, advance, begin, full_steps
 from gristmill.curation.synthesis import Session, asking
+from gristmill.curation.verifiers.judge import JudgedRight
 from gristmill.flows.report import write_report
 
 FAKE = runpy.run_path(str(Path(__file__).parents[1] / "curation" / "fake_run.py"))
@@ -54,12 +57,34 @@ class Echo:
                 yield table(made)
 
 
+@dataclass(frozen=True)
+class Judged(Echo):
+    """Asks as Echo does; a row is what a judge finds right."""
+
+    def make(self, corpus: Any) -> Any:
+        with Session(self, corpus, self.model, "judged") as session:
+            rows = [row for part in corpus.tables() for row in part.to_pylist()]
+            asked = [Question(row["row_id"], tuple(row["messages"][:1]), "yes") for row in rows]
+            made = []
+            for said, finding in sampled(session, samples(asked, 1, Sampling(), 0), JudgedRight("judge")):
+                if finding.right:
+                    turns = [*said.ask.about.prompt, message("assistant", said.text)]
+                    made.append(session.row(said.ask, said.answer, messages=turns))
+                else:
+                    session.refused("undecided" if finding.right is None else "wrong")
+            yield table(made)
+
+
 class Door:
     """Answers by the prompt's last digit: 0 fails, 1 cannot be read, 2 is wrong, 3 is long, the rest are good."""
 
     name, digest, licence, price = "door", "d" * 32, "CC0", (1000.0, 2000.0)
 
+    def __init__(self, asked: list[str] | None = None) -> None:
+        self.asked: list[str] = [] if asked is None else asked  # by whom, one a request
+
     def complete(self, requests: Sequence[ChatRequest], progress: Any = None) -> list[ChatAnswer | ChatError]:
+        self.asked += [self.name] * len(requests)
         return [self.answer(request.messages[-1][1]) for request in requests]
 
     def answer(self, said: str) -> ChatAnswer | ChatError:
@@ -70,33 +95,48 @@ class Door:
         return ChatAnswer(text, 10, 5, True, cached=kind == 9)
 
     def chat(self, model: str) -> "Door":
-        return self
+        return Judge(self.asked) if model == "judge" else self
+
+
+class Judge(Door):
+    """Fails of one question, is not sure of another, cannot be read of a third, finds the rest right."""
+
+    name, price = "big <judge>", (10.0, 20.0)
+
+    def answer(self, said: str) -> ChatAnswer | ChatError:
+        if "number 14" in said:
+            return ChatError("server", "500")
+        text = "Hm." if "number 15" in said else "Verdict: unsure" if "number 16" in said else "Verdict: yes"
+        return ChatAnswer(text, 40, 4, True)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A set of 40 rows of which a maker makes 28; a judge drops four of these, a quota eight."""
     folder = RunFolder(tmp_path_factory.mktemp("makers"))
+    with pytest.warns(UserWarning, match="4 timeout of 40"):
+        for note in sifted(folder, 40, (Echo(), ResponseLength(low=1, high=20), MakerQuota({"Echo": 16})), Door()):
+            warnings.warn(note, stacklevel=1)
+    return folder
+
+
+def sifted(folder: RunFolder, size: int, steps: Sequence[Any], door: "Door") -> list[str]:
+    """Runs the steps over `size` rows; the notes of all."""
     conftest = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))
-    rows = [conftest["conversation"]("s", n, f"question number {n}", "yes") for n in range(40)]
+    rows = [conftest["conversation"]("s", n, f"question number {n}", "yes") for n in range(size)]
     from gristmill.curation.folder import write_parquet
 
     write_parquet(folder.rows / "s-00000.parquet", table(rows))
     record = {"name": "s", "path": "s.jsonl", "shape": "messages", "licence": "MIT", "digest": "0" * 64}
     write_json(
-        folder.rows / "s.json", record | {"rows": 40, "quarantined": 0, "read": 40, "parts": ["s-00000.parquet"]}
+        folder.rows / "s.json", record | {"rows": size, "quarantined": 0, "read": size, "parts": ["s-00000.parquet"]}
     )
-    steps = (Echo(), ResponseLength(low=1, high=20), MakerQuota({"Echo": 16}))
-    plan = SetPlan("t", "sft", ("s",), steps, held_out=0.0)  # type: ignore[arg-type]
+    plan = SetPlan("t", "sft", ("s",), tuple(steps), held_out=0.0)
     begin(folder, plan)
-    with pytest.warns(UserWarning, match="4 timeout of 40"):
-        import warnings
-
-        for index in range(len(full_steps(plan))):
-            record = advance(folder, plan, index, Door(), lambda done, total: None)  # type: ignore[arg-type]
-            for note in record["notes"]:
-                warnings.warn(note, stacklevel=1)
-    return folder
+    notes: list[str] = []
+    for index in range(len(full_steps(plan))):
+        notes += advance(folder, plan, index, door, lambda done, total: None)["notes"]  # type: ignore[arg-type]
+    return notes
 
 
 def test_requests_and_rows_add_up(run: RunFolder) -> None:
@@ -112,6 +152,43 @@ def test_requests_and_rows_add_up(run: RunFolder) -> None:
     assert one.cost == pytest.approx(32 * (10 * 1000 + 5 * 2000) / 1e6) and one.cost_per_row == pytest.approx(
         one.cost / 16
     )
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Door]:
+    """A set of 30 rows of which a maker with a judge as its verifier makes 24; a quota keeps 16."""
+    folder, door = RunFolder(tmp_path_factory.mktemp("judged")), Door()
+    sifted(folder, 30, (Judged(), MakerQuota({"Judged": 16})), door)
+    return folder, door
+
+
+def test_what_a_verifier_asked_is_in_the_account(judged: tuple[RunFolder, Door]) -> None:
+    run, door = judged
+    with views.connect(run) as con:
+        (one,) = accounts(con, run)
+    assert one.judged is not None and one.judged.model == "big <judge>"
+    assert (one.asked, one.answered, one.parsed, one.verified, one.made, one.kept) == (30, 27, 27, 24, 24, 16)
+    told = one.judged
+    assert (told.asked, told.answered, told.parsed) == (54, 52, 50)
+    assert (told.failed, told.unparsed) == ({"server": 2}, {"no_verdict": 2}) and one.refused == {"undecided": 3}
+    assert (door.asked.count("door"), door.asked.count("big <judge>")) == (one.asked, told.asked)
+    assert one.cost == pytest.approx(24 * 0.02) and told.cost == pytest.approx(52 * (40 * 10 + 4 * 20) / 1e6)
+    assert one.cost_per_row == pytest.approx((one.cost + told.cost) / 16)
+    assert one.tokens_per_row == (27 * 15 + 52 * 44) / 16
+    assert faults(run, [one]) == []
+    sums = "select judged_asked - judged_answered - judged_failed, judged_answered - judged_parsed - judged_unparsed"
+    assert views.query(run, f"{sums} from makers")[1] == [(0, 0)]
+    sql = "select what, reason, rows from maker_reasons where what like 'judged%' order by all"
+    assert views.query(run, sql)[1] == [("judged_failed", "server", 2), ("judged_unparsed", "no_verdict", 2)]
+
+
+def test_what_a_verifier_asked_is_shown(judged: tuple[RunFolder, Door]) -> None:
+    said = shown(look.print_funnel, judged[0])
+    assert "1 Judged: judged by big <judge>: asked 54, answered 52, parsed 50, 2,080 + 208 tokens, cost 0.02496" in said
+    assert "judge failed server 2; judge unparsed no_verdict 2" in said and "Every row is accounted for" in said
+    part = write_report(judged[0]).read_text(encoding="utf-8").split('<section id="makers">')[1].split("</section>")[0]
+    assert "its verifier asks big &lt;judge&gt;:" in part and "<span>asked</span> 54</div>" in part
+    assert "<span>asked</span> 30</div>" in part and "judge unparsed" in part
 
 
 def test_the_views_say_the_same(run: RunFolder) -> None:
@@ -130,10 +207,12 @@ def test_the_views_say_the_same(run: RunFolder) -> None:
     [
         ({"answered": 35}, "asked 40 is not answered 35 + failed 4"),
         ({"parsed": 33}, "answered 36 is not parsed 33 + unparsed 4"),
+        ({"judged": {"model": "j", "asked": 3, "answered": 2, "parsed": 2}}, "its judge: asked 3 is not answered 2"),
+        ({"judged": {"model": "j", "asked": 2, "answered": 2, "parsed": 1}}, "its judge: answered 2 is not parsed 1"),
         ({"made": 27}, "it counted 27 rows, the ledger holds 28"),
     ],
 )
-def test_what_does_not_add_up_is_a_fault(run: RunFolder, change: dict[str, int], said: str) -> None:
+def test_what_does_not_add_up_is_a_fault(run: RunFolder, change: dict[str, Any], said: str) -> None:
     path = next(run.ledger.glob("t/*-Echo/step.json"))
     whole = read_json(path)
     try:
