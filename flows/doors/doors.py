@@ -143,6 +143,7 @@ class Doors:
             price=spec.price or (0.0, 0.0),
             budget=spec.budget,
             spend=spend,
+            halts=True,
         )
 
     def _ranks(self, name: str) -> list[int]:
@@ -178,7 +179,13 @@ class Doors:
             card = self._card(name)
             spend = self.spends.setdefault(name, Spend(price, self.answers.spent(card.digest, self.run, price)))
             self._servers[name] = ServerChat(
-                spec.server, card, licence=spec.licence or UNKNOWN, price=price, budget=spec.budget, spend=spend
+                spec.server,
+                card,
+                licence=spec.licence or UNKNOWN,
+                price=price,
+                budget=spec.budget,
+                spend=spend,
+                halts=True,
             )
         return self._servers[name]
 
@@ -202,13 +209,16 @@ class Doors:
     # ---- what it cost
 
     def report(self) -> list[str]:
-        """A line for each model that was asked since the last report, which is also written to OUT/spend.json."""
+        """A line for each model that was asked since the last report, and one for each kind of error, in the words of
+        its last; also written to OUT/spend.json."""
         lines = []
         for name, spend in self.spends.items():
             now = spend.record()
             line = told(name, self._told.get(name, {}), now)
             if line is not None:
-                lines.append(line)
+                before = self._told.get(name, {}).get("failed", {})
+                kinds = [kind for kind, count in now["failed"].items() if count > before.get(kind, 0)]
+                lines += [line, *(f"  {kind}: {now['why'][kind]}" for kind in kinds)]
                 self._told[name] = now
         if lines:
             self._write()

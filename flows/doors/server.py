@@ -45,6 +45,10 @@ class Card:
     context: int | None
 
 
+class _Halt(ChatError):
+    """What fails every other request too."""
+
+
 @dataclass(order=True)
 class _Asked:
     """One request under way. due: when its next try may begin."""
@@ -63,9 +67,9 @@ class ServerChat:
     """ChatModel by a server. name: the model's, as the server calls it.
 
     Every retriable failure (429, 5xx, timeouts, connections refused, reset or cut, answers that are no chat completion)
-    is tried again until `retries` or the deadline are used up, then told as ChatError. 401, 402 and 404 stop the rest:
-    no other request would fare better. What a server refuses of a request's extras with a 400 (structured output,
-    log-probabilities, seed) is left out from then on.
+    is tried again until `retries` or the deadline are used up, then told as ChatError. 401, 402, 404, a redirection, a
+    quota that is used up and a server that stays down stop the rest: no other request would fare better. What a server
+    refuses of a request's extras with a 400 (structured output, log-probabilities, seed) is left out from then on.
     """
 
     def __init__(
@@ -77,9 +81,12 @@ class ServerChat:
         price: Price = (0.0, 0.0),
         budget: Budget | None = None,
         spend: Spend | None = None,
+        halts: bool = False,
     ) -> None:
         """card: what `look` found (asked now where None). spend: counts tries and busy time, and knows what earlier
-        starts of the run have spent. Raises HouseError where the key's variable is not set or no server answers."""
+        starts of the run have spent. halts: what stops the rest is no error of the requests that are left, it is raised
+        as HouseError when all that was under way has come; for callers that keep answers and can be started again.
+        Raises HouseError where the key's variable is not set or no server answers."""
         self._key = key_of(settings)
         card = look(settings) if card is None else card
         self.settings, self.licence, self.price = settings, licence, price
@@ -90,7 +97,8 @@ class ServerChat:
         self._requests, self._tokens = Pace(settings.requests_per_minute), Pace(settings.tokens_per_minute)
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._without: frozenset[str] = frozenset()  # what this server was found not to take
-        self._stopped: ChatError | None = None
+        self._halts = halts
+        self._stopped: _Halt | None = None
         self._order = count()
         self._client: httpx.AsyncClient | None = None
         self._tokenizer: Any = None
@@ -109,14 +117,23 @@ class ServerChat:
         """(place, answer or error) as they come. Closing the iterator drops what is under way."""
         if not requests:
             return
+        halted: _Halt | None = None
         arrived: queue.SimpleQueue[Told | None] = queue.SimpleQueue()
         job = asyncio.run_coroutine_threadsafe(self._all(requests, arrived.put), event_loop())
         try:
             while (told := arrived.get()) is not None:
-                yield told
+                if self._halts and isinstance(told[1], _Halt):
+                    halted = told[1]
+                else:
+                    yield told
             job.result()
         finally:
             job.cancel()
+        if halted is not None:
+            raise HouseError(
+                f"{halted.detail}\nAnswers that came are kept. Mend it and run the same command again: it asks what is"
+                " missing, and nothing twice."
+            )
 
     def close(self) -> None:
         """Closes the connections; the next request opens new ones."""
@@ -243,8 +260,8 @@ class ServerChat:
         else:
             self._breaker.succeeded()
         if trouble.fatal:
-            self._stopped = error
-            return error
+            self._stopped = _Halt(error.kind, error.detail)
+            return self._stopped
         if not trouble.again:
             return self._mended(asked, trouble)
         wait = pause(asked.tries, self.settings.backoff, trouble.after)
@@ -313,9 +330,9 @@ class ServerChat:
         self._under_way += change
         self.spend.tries += change > 0
 
-    def _down(self, trouble: Trouble) -> ChatError:
-        waited = f"{self.settings.url} was down for {self.settings.patience:g} s, so that this was not asked"
-        return ChatError(trouble.error.kind, f"{waited} (last: {trouble.error.detail})")
+    def _down(self, trouble: Trouble) -> _Halt:
+        waited = f"{self.settings.url} was down for {self.settings.patience:g} s, so that no more was asked"
+        return _Halt(trouble.error.kind, f"{waited} (last: {trouble.error.detail})")
 
     def _clean(self, words: str) -> str:
         return words.replace(self._key, "***") if self._key else words
@@ -352,8 +369,13 @@ def look(settings: Server, digest: str | None = None) -> Card:
     listed = _listed(response) if response.status_code == 200 else []
     known = [str(one["id"]) for one in listed]
     name = settings.model or (known[0] if len(known) == 1 else None)
-    if name is None:
+    if name is None and known:
         raise HouseError(f"{settings.url} has {len(known)} models; say which, as `model`: {', '.join(known[:12])}")
+    if name is None:
+        raise HouseError(
+            f"{settings.url}/models lists no model ({_about(response)}): mend the url (it ends with /v1), or name the"
+            " model, as `model`, where the server has no list"
+        )
     if known and name not in known:
         raise HouseError(f"{settings.url} has no model {name!r}; it has {', '.join(known[:12])}")
     found: dict[str, Any] = next((one for one in listed if one["id"] == name), {})
@@ -369,6 +391,13 @@ def _listed(response: httpx.Response) -> list[dict[str, Any]]:
         return [one for one in listed if isinstance(one, dict) and "id" in one]
     except (ValueError, KeyError, TypeError):
         return []
+
+
+def _about(response: httpx.Response) -> str:
+    """A few words on an answer that holds no list of models."""
+    if response.is_redirect:
+        return f"{response.status_code}, it redirects to {response.headers.get('location')}"
+    return f"{response.status_code}: {wire.shortened(wire.words_of(response.content))[:80]}"
 
 
 def _how(settings: Server, key: str | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class Server:
     concurrency: requests under way at once. timeout: seconds for one try; deadline: seconds for one request with its
     retries and their pauses, but for those while the server is down. retries: tries after the first, each after about
     twice the pause of the one before, from `backoff` seconds to 30, shortened by chance by up to half. patience:
-    seconds that a server which answers nothing is waited for, with a single probe now and then, before the rest fails.
+    seconds that a server which answers nothing is waited for, with a single probe now and then, before the run stops.
     requests_per_minute, tokens_per_minute: never more in any 60 seconds (tokens of a request under way: the prompt's by
     estimate and all that it may answer). context: tokens that prompt and answer share, where the server does not tell.
     tokenizer: a local folder or name whose tokenizer and chat template count prompts before they are sent; without it

@@ -17,8 +17,9 @@ def cost(price: Price, prompt_tokens: int, tokens: int) -> float:
 @dataclass
 class Spend:
     """Counts of one model in one start of a run; asked = answered + failed + under way. cached: answered from what was
-    paid for before; tokens and money are of the others. tries: requests sent; lost: tries that came to nothing and were
-    tried again, by kind. busy: seconds in which requests were under way. before: (tokens, money) of earlier starts."""
+    paid for before; tokens and money are of the others. why: the last error of each kind, in words. tries: requests
+    sent; lost: tries that came to nothing and were tried again, by kind. busy: seconds in which requests were under
+    way. before: (tokens, money) of earlier starts."""
 
     price: Price = (0.0, 0.0)
     before: tuple[int, float] = (0, 0.0)
@@ -26,6 +27,7 @@ class Spend:
     answered: int = 0
     cached: int = 0
     failed: Counter[str] = field(default_factory=Counter)
+    why: dict[str, str] = field(default_factory=dict)
     tries: int = 0
     lost: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
@@ -45,6 +47,7 @@ class Spend:
         with self._lock:
             if isinstance(answer, ChatError):
                 self.failed[answer.kind] += 1
+                self.why[answer.kind] = answer.detail
                 return
             self.answered += 1
             if answer.cached:
@@ -60,6 +63,7 @@ class Spend:
             "answered": self.answered,
             "cached": self.cached,
             "failed": dict(sorted(self.failed.items())),
+            "why": dict(sorted(self.why.items())),
             "tries": self.tries,
             "lost": dict(sorted(self.lost.items())),
             "prompt_tokens": self.prompt_tokens,

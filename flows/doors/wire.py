@@ -197,6 +197,9 @@ def read_refusal(status: int, headers: Mapping[str, str], payload: bytes, url: s
         return Trouble(ChatError("timeout" if status == 408 else "server", f"{status}: {words}"), True, after)
     if status in FATAL:
         return Trouble(ChatError("refused", f"{status} from {url}, {FATAL[status]}: {words}"), fatal=True)
+    if 300 <= status < 400:
+        said = f"{status} from {url}, it redirects to {headers.get('location', 'another address')}: mend the url"
+        return Trouble(ChatError("refused", said), fatal=True)
     if status in (400, 413, 422) and (status == 413 or TOO_LONG.search(words)):
         return Trouble(ChatError("too_long", words), room=_room(words))
     return Trouble(ChatError("refused", f"{status}: {words}"))

@@ -66,8 +66,8 @@ def test_what_was_answered_is_not_asked_again_and_errors_are(tmp_path: Path, kin
     assert [getattr(answer, "text", None) for answer in one] == ["A", None, "B", "A"] and len(model.asked) == 3
     assert [getattr(answer, "cached", None) for answer in one] == [False, None, False, True]
     assert first.spend.record() | {"busy_seconds": 0} == {
-        "asked": 4, "answered": 3, "cached": 1, "failed": {"timeout": 1}, "tries": 0, "lost": {}, "prompt_tokens": 10,
-        "tokens": 6, "money": 0.00007, "busy_seconds": 0, "tokens_per_second": None,
+        "asked": 4, "answered": 3, "cached": 1, "failed": {"timeout": 1}, "why": {"timeout": "no"}, "tries": 0,
+        "lost": {}, "prompt_tokens": 10, "tokens": 6, "money": 0.00007, "busy_seconds": 0, "tokens_per_second": None,
     }  # fmt: skip
     second = kept(tmp_path / "new" / "a.sqlite", model)  # as after a restart
     two = second.complete(ask("b", "timeout", "c", "a"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gristmill.curation.folder import HouseError
-from gristmill.flows.progress import Silent
+from gristmill.flows.progress import Done, Silent
 from gristmill.flows.recipe import dump, load_text
 from gristmill.flows.run import run
 from tests.flows.bad_server import BadServer
@@ -112,3 +112,36 @@ def test_kept_answers_need_no_server(tmp_path: Path) -> None:
     run(recipe, tmp_path / "b", cache=tmp_path / "cache", show=Silent())
     with pytest.raises(HouseError, match="no server answers at http"):
         run(recipe, tmp_path / "c", show=Silent())
+
+
+def test_an_account_that_runs_dry_stops_the_run_which_then_goes_on(tmp_path: Path) -> None:
+    """Neither the ledger nor the cassette holds what a full account would have answered as refused."""
+    chats, tape = write_chats(tmp_path / "chats.jsonl", 60), tmp_path / "tape.jsonl"
+    with BadServer() as server:
+        how = f"{{server: {{url: '{server.url}', concurrency: 1}}, cassette: {tape}, licence: MIT}}"
+        recipe = load_text(text(how, str(chats)))
+        server.refuse = {"number 3": (402, "no money")}
+        with pytest.raises(HouseError, match=r"402 from http.*nothing is left on the account: no money"):
+            run(recipe, tmp_path / "a", show=Silent())
+        assert 0 < server.billed.total() < 35
+        server.refuse = {}
+        done = run(recipe, tmp_path / "a", show=Silent())
+        assert max(server.billed.values()) == 1 and server.billed.total() == 35
+    assert '"error"' not in tape.read_text()
+    assert json.loads((done.folder.curated("pairs") / "manifest.json").read_text())["rows"] > 20
+
+
+def test_a_step_tells_the_last_error_of_each_kind(tmp_path: Path) -> None:
+    chats = write_chats(tmp_path / "chats.jsonl", 40)
+    with BadServer({"500": 0.3}, seed=2) as server:
+        how = f"{{server: {{url: '{server.url}', retries: 0}}, licence: MIT}}"
+        shown: list[str] = []
+
+        class Heard(Silent):
+            def finish(self, name: str, done: Done, seconds: float) -> None:
+                shown.extend(done.text.splitlines())
+
+        run(load_text(text(how, str(chats))), tmp_path / "a", show=Heard())
+    assert "      server: 500: out of luck (after 1 tries)" in shown
+    told = json.loads((tmp_path / "a" / "spend.json").read_text())["starts"][0]["models"]["big"]
+    assert told["failed"]["server"] > 2 and told["why"] == {"server": "500: out of luck (after 1 tries)"}

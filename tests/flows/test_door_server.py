@@ -6,10 +6,12 @@ import logging
 import threading
 from collections import Counter
 
+import httpx
 import pytest
 
 from gristmill.curation.door import KINDS, ChatAnswer, ChatError, ChatModel, ChatRequest, Sampling, StreamingChat
 from gristmill.curation.folder import HouseError
+from gristmill.flows.doors import server as server_module
 from gristmill.flows.doors.server import ServerChat, look
 from gristmill.flows.doors.settings import Budget, Server
 from tests.flows.bad_server import RETRIED, TEN, BadServer, healthy
@@ -89,6 +91,61 @@ def test_a_server_that_is_down_is_probed_and_then_left_alone() -> None:
         assert well(chat.complete(requests(1))[0], 0)  # up again: the next call finds out
     with pytest.raises(HouseError, match="no server answers at http"):
         look(Server(server.url))
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (401, "401 from http.*the key is not accepted: no more"),
+        (402, "nothing is left on the account: no more"),
+        (404, "no such model or address: no more"),
+        (307, "it redirects to another address: mend the url"),
+    ],
+)
+def test_what_no_other_request_mends_ends_a_run_that_can_go_on(status: int, said: str) -> None:
+    """Told as errors of all that is left, it would finish the step, whose requests are then never asked again."""
+    with BadServer(refuse={"question 3": (status, "no more")}) as server:
+        chat = ServerChat(Server(server.url, concurrency=1), halts=True)
+        got = []
+        with pytest.raises(HouseError, match=said) as caught:
+            for told in chat.stream(requests(6)):
+                got.append(told)
+        assert [place for place, _ in got] == [0, 1, 2] and len(server.bodies) == 4
+        assert "run the same command again" in str(caught.value)
+        assert well(chat.complete(requests(1))[0], 0)
+        others = ServerChat(Server(server.url, concurrency=1)).complete(requests(6))
+    assert [type(answer).__name__ for answer in others].count("ChatAnswer") == 3
+    assert {answer.kind for answer in others if isinstance(answer, ChatError)} == {"refused"}
+
+
+def test_a_server_that_stays_down_ends_a_run_that_can_go_on() -> None:
+    with BadServer() as server:
+        chat = ServerChat(Server(server.url, concurrency=4, patience=0.3, retries=50, backoff=0.005), halts=True)
+        server.down = True
+        with pytest.raises(HouseError, match=r"was down for 0.3 s, so that no more was asked"):
+            chat.complete(requests(80))
+
+
+@pytest.mark.parametrize(
+    ("response", "said"),
+    [
+        (httpx.Response(404, json={"error": "not here"}), "(404: not here)"),
+        (httpx.Response(200, text="<html>log in</html>"), "(200: <html>log in</html>)"),
+        (
+            httpx.Response(302, headers={"Location": "https://h/v1/models"}),
+            "(302, it redirects to https://h/v1/models)",
+        ),
+        (httpx.Response(200, json={"data": []}), "lists no model"),
+    ],
+)
+def test_a_server_without_a_list_of_models_says_what_came(
+    response: httpx.Response, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport = httpx.MockTransport(lambda request: response)
+    monkeypatch.setattr(server_module, "_how", lambda *_: {"base_url": "http://h/v1/", "transport": transport})
+    with pytest.raises(HouseError) as caught:
+        look(Server("http://h/v1"))
+    assert said in str(caught.value) and "mend the url (it ends with /v1)" in str(caught.value)
 
 
 def test_a_server_that_comes_back_loses_nothing() -> None:
