@@ -28,7 +28,7 @@ from ..curation.rows import digest as digest_of
 from ..curation.steps import CorpusJudge, Maker, Measure, RowJudge, find_steps
 from ..curation.verifying import Verifier
 from ..tuning.settings import NewModel, Training
-from .nodes import Mismatch, Pair, choice, compose, get, is_null, mapping, pairs, place, put, scalar, shown
+from .nodes import Mismatch, Pair, choice, compose, get, is_null, mapping, pairs, place, put, scalar, shown, wanted
 from .rounds import blocks_of, expand, settle
 from .stages import TRAINS_ON, Curate, Evaluate, Model, Path, Recipe, Stage, Train, check, nearest, problems
 
@@ -85,14 +85,21 @@ def load_text(text: str, name: str = "recipe", overrides: Sequence[str] = ()) ->
 
 def build_settings(kind: type[T], overrides: Sequence[str]) -> T:
     """Training or NewModel from `key=value` alone."""
-    root = cast(yaml.Node, compose("{}", "settings"))
+    root = cast(yaml.Node, compose("{}", "overrides"))
     for override in overrides:
         key, node = _key_value(override)
-        root = put(root, tuple(key.split(".")), node)
+        root = put(root, _in_settings(key.split(".")), node)
     return cast(T, _Builder(root).dataclass(root, kind, ()))
 
 
 # ---- overrides
+
+
+def _in_settings(parts: list[str]) -> Path:
+    """The path of a stage's setting: a loss of the user's own has dots in its name, loss.my_package.my_loss.beta."""
+    if parts[0] == "loss" and len(parts) > 3:
+        return ("loss", ".".join(parts[1:-1]), parts[-1])
+    return tuple(parts)
 
 
 def _override(root: yaml.Node, text: str) -> yaml.Node:
@@ -122,7 +129,7 @@ def _resolve(root: yaml.Node, parts: list[str], text: str) -> list[Path]:
         found = _stage(root, rest[0], text, sets=True)
         return [("stages", i, key, *_in_set(_stages(root)[i][1], rest[1:], text)) for i, key in found]
     if head == "stages" and len(rest) > 1:
-        return [("stages", i, key, *rest[1:]) for i, key in _stage(root, rest[0], text, sets=False)]
+        return [("stages", i, key, *_in_settings(rest[1:])) for i, key in _stage(root, rest[0], text, sets=False)]
     if head == "rounds":
         return [_of_rounds(root, rest, text)]
     if head in ("sources", "models") and rest:
@@ -247,7 +254,15 @@ class _Builder:
                 return self.value(node, option, path)
             except Mismatch:
                 continue
-        return self.value(node, rest[-1], path)
+        words = [str(word) for option in rest[:-1] if get_origin(option) is Literal for word in get_args(option)]
+        try:
+            return self.value(node, rest[-1], path)
+        except Mismatch as error:
+            if not words or not isinstance(node, yaml.ScalarNode):
+                raise
+            raise Mismatch(
+                f"{place(node)}: {node.value!r} is none of {', '.join(words)}, nor {wanted(rest[-1])}"
+            ) from error
 
     def container(self, node: yaml.Node, hint: Any, path: Path) -> Any:
         origin, inner = get_origin(hint), get_args(hint)
@@ -257,7 +272,7 @@ class _Builder:
             found = self.keys(node, None, "a mapping")
             return {key: self.value(item, inner[1], (*path, key)) for key, (_, item) in found.items()}
         if not isinstance(node, yaml.SequenceNode):
-            raise Mismatch(f"{place(node)}: a list belongs here, not {shown(node)}")
+            raise Mismatch(f"{place(node)}: a list belongs here, as in [a, b], not {shown(node)}")
         if origin is tuple and Ellipsis not in inner:
             if len(inner) != len(node.value):
                 raise Mismatch(f"{place(node)}: a list of {len(inner)} belongs here, not of {len(node.value)}")

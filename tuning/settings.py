@@ -112,13 +112,18 @@ class Training:
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} is from {low:g} to {high:g}, not {value}")
+            if not low <= value <= high or value == inf:
+                bound = f"from {low:g} to {high:g}" if high < inf else f"{low:g} or more"
+                raise ValueError(f"{name} is {bound}, not {value}")
+        if self.checkpointing not in ("none", "layers") and int(self.checkpointing) < 0:
+            raise ValueError(f"checkpointing is none, layers, or how many of them, not {self.checkpointing}")
+        if not self.epochs and not self.max_steps:
+            raise ValueError("epochs is above 0 where max_steps does not say how many steps there are")
 
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("warmup", 0, 1), ("decay", 0, 1), ("learning_rate", 0, inf), ("weight_decay", 0, inf), ("max_grad_norm", 0, inf),
     ("capacity", 2, inf), ("packs_per_step", 1, inf), ("neftune_alpha", 0, inf), ("masked_thought", 0, 1),
     ("evaluate_every", 0, inf), ("checkpoint_every", 1, inf), ("max_steps", 0, inf), ("epochs", 0, inf),
-    ("processes", 1, inf),
+    ("processes", 1, inf), ("threads", 0, inf), ("keep_checkpoints", 0, inf), ("seed", 0, inf),
 )  # fmt: skip

@@ -112,7 +112,7 @@ def test_variables_are_expanded_with_defaults(monkeypatch: pytest.MonkeyPatch) -
         ("  - evaluate:", "  - evaluat:", "tiny.yaml:30: unknown stage 'evaluat'; did you mean 'evaluate'?"),
         ("seed: 7", "seed: seven", "tiny.yaml:3: a whole number belongs here, not 'seven'"),
         ("seed: 7", "seed: '7'", "tiny.yaml:3: a whole number belongs here, not '7'"),
-        ("licences: [MIT]", "licences: MIT", "tiny.yaml:4: a list belongs here, not 'MIT'"),
+        ("licences: [MIT]", "licences: MIT", "tiny.yaml:4: a list belongs here, as in [a, b], not 'MIT'"),
         ("lora: {rank: 4}", "lora: 4", "tiny.yaml:23: Lora is a mapping of keys, not '4'"),
         ("licence: MIT, ", "", "tiny.yaml:6: Source needs the key 'licence'"),
         ("seed: 7", "seed: 7\nseed: 8", "tiny.yaml:4: key 'seed' is there twice"),

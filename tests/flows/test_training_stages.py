@@ -63,11 +63,11 @@ def test_every_objective_and_form_of_a_loss_is_read_and_dumped_back() -> None:
         ("{simpo: {beta: 2.5}}", "kto", "tiny.yaml:12: loss kto is one of unpaired; dpo trains on pairs or lists"),
         ("loss: kto", "loss: no_such_module.loss", "tiny.yaml:19: loss no_such_module.loss: cannot import"),
         ("optimizer: lion", "optimizer: tiger", "tiny.yaml:20: 'tiger' is none of adamw, lion"),
-        ("checkpointing: layers", "checkpointing: some", "tiny.yaml:21: a whole number belongs here, not 'some'"),
+        ("checkpointing: layers", "checkpointing: some", "tiny.yaml:21: 'some' is none of none, layers, nor a whole number"),
         ("[tensorboard, wandb]", "[mlflow]", "tiny.yaml:14: 'mlflow' is none of tensorboard, trackio, wandb"),
         ("checkpointing: 4", "evaluate_every: 5", "set 'pairs' holds no rows out (held_out: 0)"),
         ("set: single\n", "set: pairs\n", "kto trains on kto rows; set 'pairs' holds preference"),
-        ("checkpointing: 4", "capacity: 1", "tiny.yaml:10: Training: capacity is from 2 to inf, not 1"),
+        ("checkpointing: 4", "capacity: 1", "tiny.yaml:10: Training: capacity is 2 or more, not 1"),
     ],
 )
 def test_what_cannot_be_trained_is_named_with_its_line(old: str, new: str, message: str) -> None:
@@ -81,6 +81,13 @@ def test_the_command_line_reads_losses_as_recipes_do() -> None:
     made = build_settings(Training, ["loss.ipo.beta=0.2", "track=[trackio]", "checkpointing=2"])
     assert (made.loss, made.track, made.checkpointing) == ({"ipo": {"beta": 0.2}}, ("trackio",), 2)
     assert build_settings(Training, ["loss=my_package.my_loss"]).loss == "my_package.my_loss"
+    assert build_settings(Training, ["loss.my.own.beta=2"]).loss == {"my.own": {"beta": 2}}
+    with pytest.raises(HouseError, match=r"^overrides: Training: learning_rate is 0 or more, not -1"):
+        build_settings(Training, ["learning_rate=-1"])
+    with pytest.raises(HouseError, match=r"'all' is none of none, layers, nor a whole number"):
+        build_settings(Training, ["checkpointing=all"])
+    with pytest.raises(HouseError, match=r"a list belongs here, as in \[a, b\], not 'q_proj,v_proj'"):
+        build_settings(Training, ["lora.targets=q_proj,v_proj"])
     assert {command.name or command.callback.__name__ for command in app.registered_commands} > {"sft", "dpo", "kto"}
 
 

@@ -44,10 +44,26 @@ def test_settings_that_cannot_be_are_refused(home: Path, tmp_path: Path, objecti
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize(("key", "value"), [("warmup", 1.5), ("decay", -0.1), ("capacity", 1), ("checkpoint_every", 0)])
-def test_numbers_out_of_range_are_refused(key: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{key} is from"):
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("warmup", 1.5, "from 0 to 1, not 1.5"),
+        ("decay", -0.1, "from 0 to 1"),
+        ("capacity", 1, "2 or more, not 1"),
+        ("checkpoint_every", 0, "1 or more"),
+        ("learning_rate", math.inf, "0 or more, not inf"),
+        ("learning_rate", math.nan, "0 or more, not nan"),
+        ("epochs", 0, "above 0 where max_steps"),
+        ("threads", -1, "0 or more"),
+        ("seed", -1, "0 or more"),
+        ("keep_checkpoints", -2, "0 or more"),
+        ("checkpointing", -1, "none, layers, or how many of them, not -1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(key: str, value: float, said: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} is {said}"):
         Training(**{key: value})
+    assert Training(epochs=0, max_steps=3).max_steps == 3
 
 
 @pytest.mark.parametrize(
