@@ -22,6 +22,7 @@ from ..curation.look import Funnel, conserved, cut, funnel, plain, records, verd
 from ..curation.text.view import prompt_of, response_of
 from ..curation.views import Json, connect, evaluations, stages, steps
 from .report_makers import makers
+from .training_text import unmeasured_text
 
 BINS = 40
 MAP_ROWS = 3000
@@ -377,7 +378,7 @@ def _evaluation(rows: Sequence[Mapping[str, Any]]) -> Json:
         rows_of = sorted({row["rows"] for row in mine.values()})  # models of other capacities may score other rows
         lines.append({"set": name, "metric": metric, "values": values, "best": best, "note": "; ".join(notes),
                       "rows": " to ".join(f"{n:,}" for n in {rows_of[0]: 0, rows_of[-1]: 0})})  # fmt: skip
-    return {"models": models, "lines": lines}
+    return {"models": models, "lines": lines, "unmeasured": unmeasured_text(rows)}
 
 
 def _files(folder: RunFolder) -> list[Json]:

@@ -118,7 +118,12 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """A stage that measures `models` (models of the recipe and training stages) on the held-out rows of `sets`."""
+    """A stage that measures `models` (models of the recipe and training stages) on the held-out rows of `sets`.
+
+    sft: loss per target token. preference: accuracy and margin of dpo and kto stages against their start. kto:
+    log-probability per token of desirable and undesirable answers, and how well it, or the reward of a dpo or kto stage
+    against its start, parts them (AUC).
+    """
 
     models: tuple[str, ...]
     sets: tuple[str, ...]

@@ -14,6 +14,7 @@ from .progress import Silent
 from .recipe import Recipe
 from .run import Result
 from .stages import cautions, nearest
+from .training_text import unmeasured_text
 
 SENTENCE_END = re.compile(r"\.\s+(?=[A-Z`])")
 KINDS = {
@@ -37,6 +38,8 @@ def show_result(recipe: Recipe, result: Result, show: Silent) -> None:
     rows = result.evaluation()
     if rows:
         console.print(_evaluation_table(rows))
+        for line in unmeasured_text(rows):
+            console.print(line, markup=False)
     for caution in cautions(recipe):
         console.print(f"! {caution}", markup=False, style="yellow")
     for name in result.waiting:

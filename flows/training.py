@@ -142,7 +142,7 @@ def _capacity(shop: Workshop, name: str) -> int:
 def _loss(shop: Workshop, name: str, start: str | None, rows: Any) -> list[Row]:
     tokenizer = load_tokenizer(shop.base_folder(name))
     found = evaluate_sft(shop.load(name), tokenizer, rows, _capacity(shop, name))
-    return [_row("loss", found["loss"], found["rows"])]
+    return _told([_row("loss", found["loss"], found["rows"])], found)
 
 
 def _preference(shop: Workshop, name: str, start: str | None, rows: Any) -> list[Row]:
@@ -151,17 +151,18 @@ def _preference(shop: Workshop, name: str, start: str | None, rows: Any) -> list
     tokenizer = load_tokenizer(shop.base_folder(name))
     policy, reference = _loaded(shop, name, start)
     found = evaluate_preference(policy, reference, tokenizer, rows, _beta(shop, name), _capacity(shop, name))
-    return [_row(metric, found[metric], found["pairs"]) for metric in ("accuracy", "margin")]
+    return _told([_row(metric, found[metric], found["pairs"]) for metric in ("accuracy", "margin")], found)
 
 
-def _unpaired(shop: Workshop, name: str, start: str | None, rows: Any) -> list[Row]:
+def _unpaired(shop: Workshop, name: str, start: str | None, held_out: Any) -> list[Row]:
     tokenizer = load_tokenizer(shop.base_folder(name))
     policy, reference = _loaded(shop, name, start)
-    found = evaluate_unpaired(policy, reference, tokenizer, rows, _beta(shop, name), _capacity(shop, name))
+    found = evaluate_unpaired(policy, reference, tokenizer, held_out, _beta(shop, name), _capacity(shop, name))
     good, bad = found["desirable"], found["undesirable"]
     counts = {"logp_desirable": good, "logp_undesirable": bad}
     why = f"all answers are {'desirable' if good else 'undesirable'}" if good or bad else None
-    return [_row(name, found[name], counts.get(name, good + bad), why) for name in UNPAIRED if name in found]
+    rows = [_row(name, found[name], counts.get(name, good + bad), why) for name in UNPAIRED if name in found]
+    return _told(rows, found)
 
 
 def _loaded(shop: Workshop, name: str, start: str | None) -> tuple[Any, Any]:
@@ -184,3 +185,8 @@ def _row(metric: str, value: float | None, rows: int, why: str | None = None) ->
         note = {"note": why} if value is None and why else {}
         return {"metric": metric, "value": value, "rows": rows, **note}
     return {"metric": metric, "value": None, "rows": rows, "note": "not finite"}
+
+
+def _told(rows: list[Row], found: Row) -> list[Row]:
+    """With how many held-out rows were not measured, by reason, where some were not."""
+    return [row | {"excluded": found["excluded"]} for row in rows] if found["excluded"] else rows

@@ -1,6 +1,7 @@
-"""Training in words: the plan before its first step, the line while it runs, and how it ended."""
+"""Training in words: the plan before its first step, the line while it runs, how it ended, and what of the held-out
+rows was not measured."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -17,6 +18,8 @@ def plan_text(plan: Row) -> str:
     ]
     if plan["truncated"]:
         lines.append(f"cut       {plan['truncated']:,} rows lose their prompt's head{_ids(plan, 'truncated')}")
+    if "held_out" in plan:
+        lines.append(f"held out  {plan['held_out']['rows']:,} rows measured{_not_measured(plan)}")
     memory = {name: value for name, value in plan["memory"].items() if value and name != "total"}
     parts = ", ".join(f"{name} {size(value)}" for name, value in memory.items())
     line, loading = plan["roofline"], plan["loading"]
@@ -56,6 +59,14 @@ def end_text(run: Row, where: Any) -> str:
     return "\n".join([*lines, f"    {run['roofline_formula']}"])
 
 
+def unmeasured_text(rows: Iterable[Row]) -> list[str]:
+    """How many held-out rows the lines of evaluation.json leave out, by set and reason."""
+    said = [
+        f"{row['set']}, held-out rows not measured: {_counts(row['excluded'])}" for row in rows if "excluded" in row
+    ]
+    return list(dict.fromkeys(said))
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
@@ -81,6 +92,15 @@ def _shared(plan: Row) -> list[str]:
 
 def _left_out(plan: Row) -> str:
     return ", ".join(f"{reason} {count:,}{_ids(plan, reason)}" for reason, count in plan["excluded"].items())
+
+
+def _not_measured(plan: Row) -> str:
+    excluded = plan["held_out"]["excluded"]
+    return f", not: {_counts(excluded)}" if excluded else ""
+
+
+def _counts(excluded: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in excluded.items())
 
 
 def _ids(plan: Row, reason: str) -> str:

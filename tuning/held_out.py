@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..curation.folder import HouseError
 from ..curation.shards import read_split
 from .checkpoint import Checkpoint, find_latest, save_checkpoint, step_folders
-from .data import Plan, read_units
+from .data import Plan, counted, read_units
 from .evaluate import auc
 from .forward import inference
 from .packing import pack_plan
@@ -39,6 +39,14 @@ def held_out_plan(
         raise HouseError(f"evaluate_every: none of the {rows.num_rows} held-out rows of {data} can be measured")
     packs = pack_plan(units.lengths, capacity)
     return Plan(units, packs, [(0, list(range(len(packs))))], "held out")
+
+
+def held_out_record(plan: Plan | None) -> dict[str, Any]:
+    """What a stage's plan says of the held-out rows: how many are measured, and how many are not, by reason."""
+    if plan is None:
+        return {}
+    rows = set(plan.units.rows_of(plan.units_of(0))[0])
+    return {"held_out": {"rows": len(rows), "excluded": counted(plan.units.excluded)}}
 
 
 def measure(stage: Stage) -> dict[str, float]:

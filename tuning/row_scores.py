@@ -63,6 +63,8 @@ def row_scores(
             else:
                 own = [next(found) for _ in item]
                 made.append(row | _numbers(own, preference, per_token))
+        if progress is not None and not documents:
+            progress(start + batch.num_rows, rows.num_rows)
         yield pa.Table.from_pylist(made, schema=schema_of(per_token))
 
 

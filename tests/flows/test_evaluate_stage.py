@@ -52,14 +52,16 @@ def talk(draw: random.Random) -> str:
     return " ".join(draw.choices(WORDS, k=draw.randint(1, 12)))
 
 
-def curated(folder: RunFolder, name: str, kind: str, labels: list[bool]) -> None:
-    """A set of one row in train and one in test for each label."""
+def curated(folder: RunFolder, name: str, kind: str, labels: list[bool], long: str = "") -> None:
+    """A set of one row in train and one in test for each label. long: the first question."""
     draw = random.Random(len(labels))
     splits = {}
     for split in ("train", "test"):
         rows = []
         for position, label in enumerate(labels):
             row = {"source": "rows", "position": position, "messages": [message("user", talk(draw))]}
+            if long and not position:
+                row["messages"] = [message("user", long)]
             row["chosen"] = [message("assistant", talk(draw))]
             row |= {"label": label} if kind == "kto" else {"rejected": [message("assistant", talk(draw))]}
             row["content_id"] = content_id(row)
@@ -86,7 +88,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, RunFolde
         model.save_pretrained(folder.stage(name) / "model")
         tokenizer.save_pretrained(folder.stage(name) / "model")
     curated(folder, "single", "kto", [True, False, True, True, False, False, True])
-    curated(folder, "good", "kto", [True] * 3)
+    curated(folder, "good", "kto", [True] * 4, long="mill " * 300)
     curated(folder, "pairs", "preference", [True] * 5)
     for index, stage in enumerate(recipe.stages[-3:]):
         done = evaluate_stage(folder, Workshop(recipe, folder), stage, index, lambda done, total: None)
@@ -136,6 +138,8 @@ def test_one_label_alone_is_said_and_so_is_a_missing_reference(
         np.isfinite(found["good", "kto", "logp_desirable"]["value"]) and found["good", "sft", "logp_auc"]["rows"] == 3
     )
     assert "no reference" in found["pairs", "base", "accuracy"]["note"]
+    assert found["good", "kto", "logp_auc"]["excluded"] == {"too_long": 1}
+    assert [key for key, row in found.items() if "excluded" in row and key[0] != "good"] == []
     assert [key for key, row in found.items() if "note" in row and key[0] == "single"] == []
     alone = RunFolder(tmp_path)
     shutil.copy(folder.root / "evaluation.json", alone.root)
@@ -143,6 +147,8 @@ def test_one_label_alone_is_said_and_so_is_a_missing_reference(
     show_result(recipe, Result(alone, cached=True), Silent())
     said = capsys.readouterr().out
     assert said.count("all answers are desirable") == 8 and page.count("all answers are desirable") == 8
+    left = "good, held-out rows not measured: too_long 1"
+    assert said.count(left) == page.count(left) == 1
     value = found["single", "kto", "reward_auc"]["value"]
     assert f"{value:.4f}" in said and f"{value:.4g}" in page and "nothing to score" not in said
 

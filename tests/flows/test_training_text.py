@@ -1,4 +1,4 @@
-from gristmill.flows.training_text import end_text, plan_text, step_text
+from gristmill.flows.training_text import end_text, plan_text, step_text, unmeasured_text
 
 PLAN = {
     "rows": 1200, "units": 1200, "tokens": 50_000, "unshared_tokens": 80_000, "target_tokens": 20_000, "packs": 49,
@@ -24,6 +24,18 @@ def test_the_plan_names_what_is_trained_left_out_and_needed() -> None:
     ]
     whole = PLAN | {"excluded": {}, "truncated": 0, "unshared_tokens": 50_000, "warnings": []}
     assert plan_text(whole).split("\n")[1] == "left out  no row" and len(plan_text(whole).split("\n")) == 5
+    held_out = whole | {"held_out": {"rows": 12, "excluded": {"equal_answers": 1, "too_long": 1300}}}
+    assert plan_text(held_out).split("\n")[2] == "held out  12 rows measured, not: equal_answers 1, too_long 1,300"
+    every = whole | {"held_out": {"rows": 1000, "excluded": {}}}
+    assert plan_text(every).split("\n")[2] == "held out  1,000 rows measured"
+
+
+def test_what_an_evaluation_left_out_is_said_once_a_set() -> None:
+    row = {"set": "pairs", "excluded": {"equal_answers": 1, "too_long": 14}}
+    assert unmeasured_text([{"set": "chats"}, row, row, {"set": "sft", "excluded": {"too_long": 2}}]) == [
+        "pairs, held-out rows not measured: equal_answers 1, too_long 14",
+        "sft, held-out rows not measured: too_long 2",
+    ]
 
 
 def test_the_live_line_and_the_end_say_the_share_of_the_roofline() -> None:

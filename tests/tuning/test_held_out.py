@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gristmill.curation.folder import HouseError
+from gristmill.curation.rows import message
 from gristmill.curation.shards import read_split
 from gristmill.tuning import loop
 from gristmill.tuning.evaluate import evaluate_sft, evaluate_unpaired
@@ -67,10 +68,11 @@ def test_held_out_answers_with_labels_are_measured_as_evaluation_does(home: Path
     load_adapter(model, out / "adapter")
     found = evaluate_unpaired(model, start, tokenizer, rows, 0.1, 150)
     assert last["held_out_auc"] == found["reward_auc"] != 0.5
-    ones = curate(
-        tmp_path / "one", "kto", rows_of("kto", 6), [row for row in rows_of("kto", 9, seed=1) if row["label"]]
-    )
-    train("kto", ones, home / "model", tmp_path / "ones", replace(SMALL, max_steps=1, evaluate_every=1))
+    held = [row for row in rows_of("kto", 9, seed=1) if row["label"]]
+    held[0] |= {"messages": [message("user", "mill " * 300)]}
+    ones = curate(tmp_path / "one", "kto", rows_of("kto", 6), held)
+    run = train("kto", ones, home / "model", tmp_path / "ones", replace(SMALL, max_steps=1, evaluate_every=1))
+    assert run["plan"]["held_out"] == {"rows": 5, "excluded": {"too_long": 1}}
     (line,) = metrics(tmp_path / "ones")
     assert "held_out_loss" in line and "held_out_auc" not in line
 

@@ -105,3 +105,8 @@ def test_no_rows_and_progress(home: Path) -> None:
     seen: list[tuple[int, int]] = []
     (found,) = row_scores(scorer, table(ROWS[:3]), progress=lambda done, total: seen.append((done, total)))
     assert found.schema == schema_of(False) and seen[-1] == (3, 3)
+    seen.clear()
+    list(
+        row_scores(scorer, table([row(messages=[message("user", "a question")])]), progress=lambda *at: seen.append(at))
+    )
+    assert seen == [(1, 1)]  # a batch without anything to score is done too
