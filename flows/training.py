@@ -142,7 +142,7 @@ def _capacity(shop: Workshop, name: str) -> int:
 def _loss(shop: Workshop, name: str, start: str | None, rows: Any) -> list[Row]:
     tokenizer = load_tokenizer(shop.base_folder(name))
     found = evaluate_sft(shop.load(name), tokenizer, rows, _capacity(shop, name))
-    return _told([_row("loss", found["loss"], found["rows"])], found)
+    return _with_excluded([_row("loss", found["loss"], found["rows"])], found)
 
 
 def _preference(shop: Workshop, name: str, start: str | None, rows: Any) -> list[Row]:
@@ -151,7 +151,7 @@ def _preference(shop: Workshop, name: str, start: str | None, rows: Any) -> list
     tokenizer = load_tokenizer(shop.base_folder(name))
     policy, reference = _loaded(shop, name, start)
     found = evaluate_preference(policy, reference, tokenizer, rows, _beta(shop, name), _capacity(shop, name))
-    return _told([_row(metric, found[metric], found["pairs"]) for metric in ("accuracy", "margin")], found)
+    return _with_excluded([_row(metric, found[metric], found["pairs"]) for metric in ("accuracy", "margin")], found)
 
 
 def _unpaired(shop: Workshop, name: str, start: str | None, held_out: Any) -> list[Row]:
@@ -162,7 +162,7 @@ def _unpaired(shop: Workshop, name: str, start: str | None, held_out: Any) -> li
     counts = {"logp_desirable": good, "logp_undesirable": bad}
     why = f"all answers are {'desirable' if good else 'undesirable'}" if good or bad else None
     rows = [_row(name, found[name], counts.get(name, good + bad), why) for name in UNPAIRED if name in found]
-    return _told(rows, found)
+    return _with_excluded(rows, found)
 
 
 def _loaded(shop: Workshop, name: str, start: str | None) -> tuple[Any, Any]:
@@ -187,6 +187,6 @@ def _row(metric: str, value: float | None, rows: int, why: str | None = None) ->
     return {"metric": metric, "value": None, "rows": rows, "note": "not finite"}
 
 
-def _told(rows: list[Row], found: Row) -> list[Row]:
+def _with_excluded(rows: list[Row], found: Row) -> list[Row]:
     """With how many held-out rows were not measured, by reason, where some were not."""
     return [row | {"excluded": found["excluded"]} for row in rows] if found["excluded"] else rows

@@ -1,5 +1,6 @@
 """What a stage is worth on the held-out rows while it trains, and the weights that did best there."""
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -58,7 +59,7 @@ def measure(stage: Stage) -> dict[str, float]:
     found = {"held_out_loss": float(values[0].sum()) * float(shares_of(stage, 0)[0])}
     if stage.loss.family in ("pairs", "lists"):
         right = (values[1] > 0).double() + 0.5 * (values[1] == 0)
-        found["held_out_accuracy"] = float(right.mean())
+        found["held_out_accuracy"] = float(right.where(~values[1].isnan(), math.nan).mean())
     units = stage.plan.units
     if stage.loss.family == "unpaired" and units.labels is not None:
         order = stage.plan.units_of(0)

@@ -4,17 +4,20 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from gristmill.curation.folder import HouseError
 from gristmill.curation.rows import message
 from gristmill.curation.shards import read_split
-from gristmill.tuning import loop
+from gristmill.tuning import held_out, loop
 from gristmill.tuning.evaluate import evaluate_sft, evaluate_unpaired
+from gristmill.tuning.held_out import measure
 from gristmill.tuning.loop import train
 from gristmill.tuning.lora import load_adapter
 from gristmill.tuning.models import load_model, load_tokenizer
+from gristmill.tuning.stage import Seen
 
-from .small_stage import SMALL, WEIGHTS, adapter_of, curate, make_home, metrics, rows_of
+from .small_stage import SMALL, WEIGHTS, adapter_of, curate, make_home, metrics, rows_of, stage_of
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,18 @@ def test_held_out_answers_with_labels_are_measured_as_evaluation_does(home: Path
     assert run["plan"]["held_out"] == {"rows": 5, "excluded": {"too_long": 1}}
     (line,) = metrics(tmp_path / "ones")
     assert "held_out_loss" in line and "held_out_auc" not in line
+
+
+def test_a_held_out_margin_that_is_no_number_is_no_wrong_answer(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = stage_of(home, "dpo", SMALL)
+    units = len(stage.plan.units_of(0))
+    values = torch.ones(3, units)
+    monkeypatch.setattr(held_out, "step_values", lambda stage, step: Seen(values, None))
+    assert measure(stage) == {"held_out_loss": pytest.approx(1.0), "held_out_accuracy": 1.0}
+    values[1, 0], values[1, 1] = 0.0, -1.0
+    assert measure(stage)["held_out_accuracy"] == pytest.approx((units - 1.5) / units)
+    values[1, 0] = math.nan
+    assert math.isnan(measure(stage)["held_out_accuracy"])
 
 
 def test_evaluation_wants_held_out_rows(home: Path, tmp_path: Path) -> None:
