@@ -1,6 +1,7 @@
 """Answers of a small local model: the ChatModel for which nothing beyond transformers is needed.
 
-Requests run in batches sorted by prompt length, with a KV cache of their own; answers that have ended leave the batch.
+Requests run in batches sorted by prompt length, with a KV cache of their own; answers that have ended, by their own
+token, at a text of the request's `stop` or at their limit, leave the batch.
 Each request draws from a generator of its own, seeded by it alone, so that its random numbers do not depend on its
 batch. What remains is floating point: left padding and the batch's matrix sizes change logits in their last bits, which
 turns a draw only where it falls within about 1e-6 of the border between two tokens (greedy: where two logits tie so).
@@ -24,6 +25,8 @@ from .digests import model_digest
 from .forward import context_of
 from .lora import unpack
 from .models import load_model, load_tokenizer
+
+MARGIN = 16  # tokens before those of a stop text that are read with them, as a text's first tokens may read otherwise
 
 
 @dataclass
@@ -74,8 +77,9 @@ class TransformersChat:
         """One answer or error per request, in order.
 
         Errors: `too_long` (the prompt fills the model's context), `refused` (by the chat template, in its words). A
-        limit beyond the context's end is cut to it. `tokens` and `logprobs` count the end-of-turn token;
-        log-probabilities are the model's own, before temperature and nucleus."""
+        limit beyond the context's end is cut to it. `tokens` and `logprobs` count what was generated: the end-of-turn
+        token, and those of a stop text; log-probabilities are the model's own, before temperature and nucleus. A text
+        of `stop` ends an answer, which is then finished, and is not part of it; an empty one is refused."""
         results: list[ChatAnswer | ChatError | None] = [None] * len(requests)
         conversations = ([{"role": role, "content": text} for role, text in r.messages] for r in requests)
         waiting = []
@@ -103,6 +107,8 @@ class TransformersChat:
             return ChatError("refused", str(ids))
         if not len(ids):
             return ChatError("refused", "the chat template renders this conversation as nothing")
+        if not all(request.sampling.stop):
+            return ChatError("refused", "an empty text in `stop` would end every answer before it begins")
         sampling, room = request.sampling, new_tokens(request.sampling, len(ids), self._context)
         if not isinstance(room, int):
             return room
@@ -131,7 +137,7 @@ class TransformersChat:
                 logits_to_keep=1,
             )
             tokens = self._step(group, output.logits[:, -1].float(), step)
-            keep = [i for i, live in enumerate(group) if live.tokens[-1] not in self._ends and step + 1 < live.limit]
+            keep = [i for i, live in enumerate(group) if not self._over(live)]
             if not keep:
                 return
             inputs, positions = tokens[:, None], positions[:, -1:] + 1
@@ -158,11 +164,27 @@ class TransformersChat:
             live.tokens.append(token)
         return tokens
 
+    def _over(self, live: _Live) -> bool:
+        """Whether the newest token ended the answer. Where there are stop texts, the last tokens tell whether it can
+        have completed one: each holds at least a quarter of a character, but for the special ones."""
+        if live.tokens[-1] in self._ends or len(live.tokens) >= live.limit:
+            return True
+        stops = live.sampling.stop
+        if not stops:
+            return False
+        last = live.tokens[-4 * max(map(len, stops)) - MARGIN :]
+        return stopped(self._text(last), stops) is not None and stopped(self._text(live.tokens), stops) is not None
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
     def _answer(self, live: _Live) -> ChatAnswer:
-        finished = live.tokens[-1] in self._ends
-        text = self._tokenizer.decode(live.tokens[: len(live.tokens) - finished], skip_special_tokens=True)
+        ended = live.tokens[-1] in self._ends
+        text = self._text(live.tokens[: len(live.tokens) - ended])
+        end = stopped(text, live.sampling.stop)
         logps = tuple(live.logps) if live.sampling.logprobs else None
-        return ChatAnswer(str(text), len(live.prompt), len(live.tokens), finished, logps, live.told or None)
+        finished = ended or end is not None
+        return ChatAnswer(text[:end], len(live.prompt), len(live.tokens), finished, logps, live.told or None)
 
 
 def new_tokens(sampling: Sampling, prompt: int, context: int | None) -> int | ChatAnswer | ChatError:
@@ -171,6 +193,13 @@ def new_tokens(sampling: Sampling, prompt: int, context: int | None) -> int | Ch
     if room <= 0 < sampling.max_tokens:
         return ChatError("too_long", f"a prompt of {prompt} tokens in a context of {context}")
     return room if room > 0 else ChatAnswer("", prompt, 0, False, () if sampling.logprobs else None)
+
+
+def stopped(text: str, stops: Sequence[str]) -> int | None:
+    """Where a text ends that the first of `stops` to be complete in it ends, as vLLM has it: of two that are complete
+    at once, the one named first. None where none is in it."""
+    found = [(at + len(stop), place, at) for place, stop in enumerate(stops) if (at := text.find(stop)) >= 0]
+    return min(found)[2] if found else None
 
 
 def first_tokens(tokenizer: Any, options: Sequence[str]) -> list[int]:

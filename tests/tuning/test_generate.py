@@ -1,6 +1,9 @@
 """Generation against transformers' own, sampling against its distribution, and answers independent of their batch."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gristmill.curation.door import ChatAnswer, ChatError, ChatModel, ChatRequest, Sampling
 from gristmill.curation.folder import HouseError
-from gristmill.tuning.generate import TransformersChat, sample
+from gristmill.tuning.generate import TransformersChat, sample, stopped
 from gristmill.tuning.models import make_model
 from gristmill.tuning.settings import NewModel
 
@@ -115,6 +118,73 @@ def test_the_context_ends_an_answer(chat: ChatModel) -> None:
     for seed in range(3):
         (one,) = answers(chat, [ask("say 4", seed, endless)])
         assert one.finished or one.prompt_tokens + one.tokens == 96
+
+
+def worded(one: ChatAnswer) -> ChatAnswer:
+    """Without what rounding may change from batch to batch."""
+    return replace(one, logprobs=None)
+
+
+def test_a_stop_text_ends_an_answer_and_no_other(chat: ChatModel) -> None:
+    whole = answers(chat, [ask(f"say {n}", n, GREEDY if n % 2 else WARM) for n in range(12)])
+    asked: list[ChatRequest] = []
+    for n, one in enumerate(whole):  # a third as it was, a third with a stop text that comes, a third with several
+        middle = one.text[len(one.text) // 2 :]
+        stop = ((), (middle[:2],), ("never said", middle[:1], middle))[n % 3]
+        asked.append(ask(f"say {n}", n, replace(GREEDY if n % 2 else WARM, stop=stop)))
+    shorter = 0
+    for request, one, full in zip(asked, answers(chat, asked), whole, strict=True):
+        stop = [text for text in request.sampling.stop if text in full.text]
+        if not stop:
+            assert worded(one) == worded(full)
+            continue
+        assert full.text.startswith(one.text) and one.finished and not any(text in one.text for text in stop)
+        assert full.text.startswith(tuple(one.text + text for text in stop))
+        assert one.tokens <= full.tokens and one.prompt_tokens == full.prompt_tokens
+        if request.sampling.logprobs:
+            assert full.logprobs is not None and one.logprobs is not None and len(one.logprobs) == one.tokens
+            assert one.logprobs == pytest.approx(full.logprobs[: one.tokens], abs=1e-5)
+        cut = [replace(request, sampling=replace(request.sampling, max_tokens=one.tokens - less)) for less in (0, 1)]
+        at_limit, before = answers(chat, cut)
+        assert worded(at_limit) == worded(one) and (before.tokens, before.finished) == (one.tokens - 1, False)
+        shorter += one.tokens < full.tokens
+    assert shorter > 3
+    refused, fine = chat.complete([replace(asked[0], sampling=Sampling(stop=("a", ""))), asked[1]])
+    assert isinstance(refused, ChatError) and refused.kind == "refused" and isinstance(fine, ChatAnswer)
+
+
+class Dictated(TransformersChat):
+    """Says what it is told to, token by token."""
+
+    ids: tuple[int, ...] = ()
+
+    def _step(self, group: Sequence[Any], logits: torch.Tensor, step: int) -> torch.Tensor:
+        for live in group:
+            live.tokens.append(self.ids[step])
+        return torch.full((len(group),), self.ids[step])
+
+
+def test_every_stop_text_is_seen_when_its_last_token_comes(folder: Path) -> None:
+    chat, tokenizer = Dictated(folder), AutoTokenizer.from_pretrained(folder)
+    special = next(one for one in tokenizer.all_special_ids if one not in chat._ends)
+    text = "Naïve: «日本» 🙂 say it, say it."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    chat.ids = (*ids[:9], special, special, *ids[9:], tokenizer.eos_token_id)
+    assert len(chat.ids) < 80
+    stops = sorted({text[at : at + size] for size in (1, 2, 5) for at in range(len(text) - size + 1)})
+    got = answers(chat, [ask("s", sampling=Sampling(max_tokens=90, stop=(stop, "unsaid"))) for stop in stops])
+    for stop, one in zip(stops, got, strict=True):
+        texts = [tokenizer.decode(chat.ids[:count], skip_special_tokens=True) for count in range(len(chat.ids))]
+        first = next(count for count, said in enumerate(texts) if stop in said)
+        assert (one.text, one.tokens, one.finished) == (text[: text.index(stop)], first, True)
+    (unstopped,) = answers(chat, [ask("s", sampling=Sampling(max_tokens=90, stop=("unsaid",)))])
+    assert (unstopped.text, unstopped.tokens, unstopped.finished) == (text, len(chat.ids), True)
+
+
+def test_the_stop_text_that_is_complete_first_ends_the_text() -> None:
+    assert stopped("xabc", ("abc", "b")) == 2 and stopped("xabc", ("d", "abc")) == 1
+    assert stopped("xab", ("ab", "b")) == 1 and stopped("xab", ("b", "ab")) == 2
+    assert stopped("xab", ("c",)) is None and stopped("xab", ()) is None
 
 
 def test_progress_and_the_empty_list(chat: ChatModel) -> None:
