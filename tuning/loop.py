@@ -27,7 +27,7 @@ from .adapted import LoraLinear
 from .checkpoint import Checkpoint, find_latest, optimizer_tensors, remove_torn, restore_optimizer, save_checkpoint
 from .data import Family, Objective, Plan, make_plan, read_rows, read_units, write_plan
 from .forward import context_of
-from .held_out import Best, held_out_plan, keep_best, measure, prune_best, read_best, with_plan
+from .held_out import Best, held_out_plan, held_out_record, keep_best, measure, prune_best, read_best, with_plan
 from .lora import add_lora, check_continued, load_adapter, save_adapter
 from .models import load_config, load_model, load_tokenizer
 from .noise import mask_token_of
@@ -92,7 +92,7 @@ def train(
             view = outlook(config, plan, settings, place.device, policy.dtype, loss.reference, here.size)
             run = {"status": "running", "name": name, **inputs, **place.record(), "processes": here.size}
             if here.main:
-                run["plan"] = write_plan(plan, settings.capacity, out) | view.record
+                run["plan"] = write_plan(plan, settings.capacity, out) | view.record | held_out_record(held)
                 write_json(out / "plan.json", run["plan"])
                 write_json(out / "run.json", run)
             run = here.told(run)
