@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,7 +30,7 @@ from .data import Family, Objective, Plan, make_plan, read_rows, read_units, wri
 from .forward import context_of
 from .held_out import Best, held_out_plan, held_out_record, keep_best, measure, prune_best, read_best, with_plan
 from .lora import add_lora, check_continued, load_adapter, save_adapter
-from .models import load_config, load_model, load_tokenizer
+from .models import load_config, load_model, load_tokenizer, no_bars
 from .noise import mask_token_of
 from .objectives import Loss, find_loss
 from .optim import learning_rate, make_optimizer, set_rate
@@ -241,7 +242,7 @@ def _step(run: _Run, optimizer: torch.optim.Optimizer, state: _State, step: int)
     state.last[units] = step + 1
     norm = stage.spread.clip(stage.settings.max_grad_norm)
     loss = float(seen.values[0].double().sum()) * float(shares_of(stage, step)[0])
-    _check_finite(stage, step, loss, norm, seen, state.saved)
+    _check_finite(stage, step, loss, norm, seen, state)
     optimizer.step()
     optimizer.zero_grad()
     state.done = step + 1
@@ -374,9 +375,9 @@ def _put(stage: Stage, checkpoint: Checkpoint) -> None:
         parameter.copy_(stage.spread.own(name, checkpoint.tensors[f"weights/{name}"]))
 
 
-def _check_finite(stage: Stage, step: int, loss: float, norm: float, seen: Seen, saved: int) -> None:
+def _check_finite(stage: Stage, step: int, loss: float, norm: float, seen: Seen, state: _State) -> None:
     """Stops before weights are touched by what is not a number, and names the rows of the step: those whose own loss is
-    none, where there are such."""
+    none, where there are such; or the weights that are none already."""
     if math.isfinite(loss) and math.isfinite(norm):
         return
     units = stage.plan.units_of(step)
@@ -384,10 +385,24 @@ def _check_finite(stage: Stage, step: int, loss: float, norm: float, seen: Seen,
     row_ids = list(dict.fromkeys(stage.plan.units.rows_of(units[odd] if odd.any() else units)[0]))
     shown = ", ".join(row_ids[:20]) + (f" and {len(row_ids) - 20} more (steps.parquet)" if len(row_ids) > 20 else "")
     whose = "rows whose loss is not finite" if odd.any() else "step's rows"
+    kept = f"the last checkpoint is of step {state.saved}" if state.saved else "no checkpoint was due before it"
+    harmed = _not_finite(stage.policy)
+    cause = f"These weights hold what is no number: {', '.join(harmed[:3])} ({len(harmed)} in all)." if harmed else ""
+    todo = "Lower the learning rate" if state.done or not harmed else "Get the model again"
     raise HouseError(
-        f"step {step + 1} of {stage.out}: loss {loss}, gradient norm {norm}. The weights before it are untouched; the "
-        f"last checkpoint is of step {saved}. Lower the learning rate or look at the {whose}: {shown}"
+        f"step {step + 1} of {stage.out}: loss {loss}, gradient norm {norm}. The weights before it are untouched; "
+        f"{kept}. {cause and cause + ' '}{todo} or look at the {whose}: {shown}"
     )
+
+
+def _not_finite(model: PreTrainedModel) -> list[str]:
+    """Names of the weights that hold a NaN or an infinity."""
+
+    def finite(value: Any) -> bool:
+        own = value.to_local() if hasattr(value, "to_local") else value  # of a sharded model, this process's share
+        return not own.is_floating_point() or bool(torch.isfinite(own).all())
+
+    return [name for name, value in chain(model.named_parameters(), model.named_buffers()) if not finite(value)]
 
 
 # ---- the end
@@ -405,7 +420,7 @@ def _export(stage: Stage, tokenizer: PreTrainedTokenizerBase, model: Path, folde
         if stage.settings.lora is not None:
             save_adapter(stage.policy, folder, stage.settings.lora, str(model))
             return
-        with whole_folder(folder) as temporary:
+        with whole_folder(folder) as temporary, no_bars():
             stage.policy.set_attn_implementation("sdpa")
             stage.policy.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)

@@ -5,6 +5,7 @@ options. One that names a `ref_…` tensor gets the reference's log-probabilitie
 """
 
 import inspect
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -27,6 +28,7 @@ TENSORS: dict[Family, tuple[str, ...]] = {
     "unpaired": ("logps", "ref_logps", "tokens", "desirable", "kl"),
     "lists": ("logps", "ref_logps", "tokens", "rewards", "owners", "lists"),
 }
+LEARNT = ("logps", "chosen", "rejected")  # what gradients flow to
 OBJECTIVES: dict[str, tuple[Family, ...]] = {"sft": ("tokens",), "dpo": ("pairs", "lists"), "kto": ("unpaired",)}
 DEFAULTS = {"sft": "nll", "dpo": "dpo", "kto": "kto"}
 
@@ -52,13 +54,21 @@ class Loss:
         return float(self.options.get("beta", 1.0))
 
     def __call__(self, given: Mapping[str, Any], size: int) -> Tensor:
-        """Its values, (size,), of the tensors that it asks for."""
-        found = self.function(*(given[name] for name in self.tensors), **self.options)
+        """Its values, (size,), of the tensors that it asks for. HouseError for another shape, and where a loss of the
+        user's own raises."""
+        try:
+            found = self.function(*(given[name] for name in self.tensors), **self.options)
+        except Exception as error:
+            if "." not in self.name or isinstance(error, MemoryError | torch.OutOfMemoryError):
+                raise
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise HouseError(
+                f"loss {self.name} fails on {size} {self.family}: {type(error).__name__}: {error} "
+                f"({frame.filename}, line {frame.lineno})"
+            ) from error
         if not isinstance(found, Tensor) or found.shape != (size,):
             shown = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise HouseError(
-                f"the loss {self.name} returned {shown}; a loss of {self.family} returns a tensor ({size},)"
-            )
+            raise HouseError(f"loss {self.name} returned {shown}; a loss of {self.family} returns a tensor ({size},)")
         return found
 
 
@@ -102,16 +112,25 @@ def find_loss(wanted: Wanted | None, objective: str) -> Loss:
 
 
 def _probed(loss: Loss) -> Loss:
-    """`loss`, once two units have gone through it: options out of bounds are told at once, and so are a shape or an
-    error that a loss of one's own gives."""
+    """`loss`, once two units have gone through it and back: options out of bounds are told at once, and so are a shape,
+    an error or a missing gradient that a loss of one's own gives."""
     two = torch.tensor([-1.0, -2.0])
     given: dict[str, Any] = dict.fromkeys(loss.tensors, two)
     given |= {"weights": torch.ones(2), "owners": torch.arange(2), "balance": torch.ones(2), "kl": torch.zeros(())}
     given |= {"desirable": torch.tensor([True, False]), "rewards": torch.tensor([1.0, 0.0]), "lists": 2}
     given |= dict.fromkeys([name for name in loss.tensors if name.endswith("tokens")], torch.tensor([1.0, 2.0]))
+    learnt = [name for name in loss.tensors if name in LEARNT]
     try:
-        loss(given, 2)
+        with torch.enable_grad():
+            # tanh keeps what it returned for its gradient, as a model does: changed in place, it fails here
+            given |= {name: torch.tensor([-0.5, -1.5], requires_grad=True).tanh() for name in learnt}
+            values = loss(given, 2)
+        if not values.requires_grad:
+            raise HouseError(f"no gradient flows from what it returns to {' or '.join(learnt)}")
+        torch.autograd.backward(values.sum())
     except HouseError as error:
+        if str(error).startswith(f"loss {loss.name} "):
+            raise
         raise HouseError(f"loss {loss.name}: {error}") from error
     except Exception as error:  # whatever a function of the user's own raises
         raise HouseError(f"loss {loss.name} fails on two {loss.family}: {type(error).__name__}: {error}") from error

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gristmill.curation.folder import HouseError
 from gristmill.tuning import loop
@@ -270,6 +271,16 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows(
     assert len(metrics(tmp_path)) == 4
     monkeypatch.undo()
     train("sft", home / "sft", home / "model", tmp_path, SMALL)
+
+
+def test_weights_that_are_no_numbers_are_named(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "model", tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    stored["model.norm.weight"][3] = math.nan
+    save_file(stored, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    said = r"step 1 of .*no checkpoint was due.*no number: model.norm.weight \(1 in all\). Get the model again"
+    with pytest.raises(HouseError, match=said):
+        train("sft", home / "sft", tmp_path / "model", tmp_path / "out", SMALL)
 
 
 def test_refusals_name_what_is_wrong(home: Path, tmp_path: Path) -> None:

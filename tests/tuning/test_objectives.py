@@ -17,6 +17,12 @@ def broken(chosen, rejected): raise ZeroDivisionError("of course")
 def demanding(chosen, rejected, *, gap): return chosen * gap
 def nothing(x): return x
 number = 3
+def deaf(chosen, rejected): return (rejected - chosen).detach()
+def greedy(chosen, rejected): return rejected - chosen.mul_(2)
+def late(chosen, rejected):
+    if len(chosen) > 2:
+        raise KeyError("gone")
+    return rejected - chosen
 """
 
 
@@ -69,8 +75,10 @@ def test_options_come_with_the_name() -> None:
         ("my_own_losses.number", "my_own_losses has no function number"),
         ("my_own_losses.nothing", r"none of its parameters says what it is a loss of: rejected \(pairs\)"),
         ("my_own_losses.strange", "asks for 'colour'; a loss of pairs gets chosen, rejected"),
-        ("my_own_losses.summed", r"returned \(\); a loss of pairs returns a tensor \(2,\)"),
-        ("my_own_losses.broken", "fails on two pairs: ZeroDivisionError: of course"),
+        ("my_own_losses.summed", r"^loss my_own_losses.summed returned \(\); a loss of pairs returns a tensor \(2,\)"),
+        ("my_own_losses.broken", "fails on 2 pairs: ZeroDivisionError: of course .*, line"),
+        ("my_own_losses.deaf", "loss my_own_losses.deaf: no gradient flows from what it returns to chosen or rejected"),
+        ("my_own_losses.greedy", "fails on two pairs: RuntimeError: .*modified by an inplace operation"),
         ("my_own_losses.demanding", "needs its option 'gap'"),
         ({"my_own_losses.squared": {"gab": 1.0}}, r"has no option 'gab'; did you mean 'gap'"),
     ],
@@ -78,6 +86,14 @@ def test_options_come_with_the_name() -> None:
 def test_what_cannot_be_a_loss_is_named(own, wanted, message: str) -> None:
     with pytest.raises(HouseError, match=message):
         find_loss(wanted, "dpo")
+
+
+def test_a_loss_of_ones_own_that_raises_later_is_told_with_its_line(own) -> None:
+    loss = find_loss("my_own_losses.late", "dpo")
+    with pytest.raises(
+        HouseError, match=r"my_own_losses.late fails on 3 pairs: KeyError: 'gone' \(.*my_own_losses.py, line"
+    ):
+        unit_losses(loss, scored([2, 2, 2]))
 
 
 def scored(widths, **known):
