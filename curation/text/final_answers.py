@@ -21,6 +21,16 @@ WHOLE = re.compile(
     rf"(?P<sign>[-+\u2212]?)\s*[$€£¥]?\s*(?P<sign2>-?)(?P<digits>{DIGITS})(?:\s*/\s*(?P<under>\d+))?\s*(?P<percent>%?)"
     r"(?P<unit>(?:\s+(?!(?:pi|or|and|to)\b)[A-Za-z][A-Za-z.'/-]+|\s*°)*)"
 )
+SIGNS = (  # as they are typed -> in LaTeX
+    (re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])|π"), r"\\pi "),
+    (re.compile(r"(?<![\\A-Za-z])inf(?:inity|ty)?(?![A-Za-z])|∞"), r"\\infty "),
+    (re.compile(r"(?:(?<![\\A-Za-z])sqrt|√)\s*(?:\(([^()]*)\)|(\d+))"), r"\\sqrt{\1\2}"),
+    (re.compile(r"^\{([^{}\\]*,[^{}\\]*)\}$"), r"\\{\1\\}"),
+)
+MIXED = re.compile(r"(-?)(\d+)\s+(\d+)\s*/\s*([1-9]\d*)")
+POWER = re.compile(rf"[-+]?(?:{DIGITS})[eE][-+]?\d{{1,2}}")
+WORD = re.compile(r"(?!(?:pi|inf|infinity|sqrt|log|ln|exp|sin|cos|tan)(?![A-Za-z]))(?<![A-Za-z])[A-Za-z]{2,}")
+MEASURED = re.compile(rf"\W*(?:{DIGITS})(?:\s+[A-Za-z]|[A-Za-mo-w])(?:/[A-Za-z])?(?:\^?[23]|[\u00b2\u00b3])?\W*")  # 5 m
 MAGNITUDES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 SPACES = re.compile(r"(?<!\\)\\[!,;: ]|\\q?quad(?![A-Za-z])|~|\s+")
 TEXT = re.compile(r"\\(?:text(?:bf|it|rm|tt|normal)?|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
@@ -86,8 +96,17 @@ def _of_sentence(said: str) -> str | None:
         return said
     if "=" in said:
         said = said.rsplit("=", 1)[1].strip()
+    if _is_formula(said):
+        return said
     one = NUMBER.search(said)
     return one[0] if one else said or None
+
+
+def _is_formula(said: str) -> bool:
+    """Whether a result without words is more than one number, of which none alone is the result: (1, 2), pi/2, 10^3."""
+    said = re.sub(r"(?<=[\d%])\s+\(.*\)$", "", said)  # 18 (3*6)
+    many = len(re.findall(rf"{DIGITS}|[A-Za-z]+|[√π∞]", said)) > 1
+    return many and not WORD.search(said) and not MEASURED.fullmatch(said)
 
 
 def plain(said: str) -> str:
@@ -100,6 +119,8 @@ def plain(said: str) -> str:
     said = re.sub(r",\\!\s*", ",", said).replace("\\$", "$").replace("\\%", "%").replace("\u2212", "-")
     said = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", "°", said)
     said = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", said)
+    for written, sign in SIGNS:
+        said = written.sub(sign, said)
     said = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", said)
     said = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", said)
     said = SPACES.sub(" ", TEXT.sub(r" \1 ", said)).strip()
@@ -108,11 +129,17 @@ def plain(said: str) -> str:
 
 def number(said: str) -> tuple[Fraction, bool] | None:
     r"""The number that a result is, and whether it is said in per cent; units and currencies are left out, `1/2` and
-    `\frac{1}{2}` are fractions, "2 million" is one number. None for anything else, such as 5x or a list."""
+    `\frac{1}{2}` are fractions, "2 1/2", 1e3 and "2 million" are one number. None for anything else, such as
+    5x or a list."""
     said = plain(said)
     if len(said) > DIGITS_AT_MOST:
         return None
     said = re.sub(r"^(-?)\s*(?:\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\})$", r"\1\2/\3", said)
+    if mixed := MIXED.fullmatch(said):
+        value = int(mixed[2]) + Fraction(int(mixed[3]), int(mixed[4]))
+        return (-value if mixed[1] else value), False
+    if POWER.fullmatch(said):
+        return Fraction(said.replace(",", "")), False
     match = WHOLE.fullmatch(said)
     if match is None or (match["under"] and int(match["under"]) == 0):
         return None

@@ -89,6 +89,38 @@ def test_numbers_are_compared_exactly_and_nothing_read_abstains() -> None:
     assert right(verifier, "#### " + "9" * 5000, "#### 9") is not True
 
 
+@pytest.mark.parametrize(
+    ("said", "reference", "expected"),
+    [
+        ("(1, 2)", "(1,2)", True),
+        ("(2, 1)", "(1,2)", False),
+        ("{2, 1}", "\\{1,2\\}", True),
+        ("1, 2", "1", False),
+        ("pi/2", "\\frac{\\pi}{2}", True),
+        ("sqrt(8)", "2\\sqrt{2}", True),
+        ("(-inf, 3]", "(-\\infty, 3]", True),
+        ("10^3", "1000", True),
+        ("10^3", "10", False),
+        ("(x+1)^2", "x^2+2x+1", True),
+        ("5x", "5", False),
+        ("3-4", "3", False),
+        ("2 1/2", "2.5", True),
+        ("1e3", "1000", True),
+        ("3:30", "3:30", True),
+        ("5 m", "5", True),
+        ("5 m^2", "5", True),
+        ("5m", "5", True),
+        ("18 (6*3)", "18", True),
+        ("(18)", "18", True),
+        ("3 apples, 5 pears", "3", True),
+        ("10^10^10^10^10", "10", False),
+    ],
+)
+def test_a_result_of_several_numbers_is_not_its_first_one(said: str, reference: str, expected: bool | None) -> None:
+    """Read as its first number, 10^3 would be right where 10 is, and (1, 2) wrong where it is asked for."""
+    assert right(ExactMaths(), f"step\nA: {said}", reference) is expected
+
+
 def test_algebra_is_decided_in_processes_that_may_die() -> None:
     pytest.importorskip("math_verify")
     pairs = [("2+3x", "3x+2"), ("\\frac{1}{\\sqrt3}", "\\frac{\\sqrt{3}}{3}"), ("x^2", "x^3")]
