@@ -149,21 +149,30 @@ def advance(
     begins_later = record["came"] == 0 and any(later.scope == "maker" for later in full_steps(plan)[index + 1 :])
     if record["kept"] == 0 and not begins_later:  # a set without sources begins with its first maker
         raise HouseError(
-            f"step {index} {record['name']} of set {plan.name} left no row: {record['came']} came, dropped for"
-            f" {record['reasons']}. What came, and why it went:\n{_funnel(folder, plan.name)}\n"
-            "Loosen the thresholds and run into a new --out; this one stays as it is, for `gristmill funnel` and `why`."
+            f"step {index} {record['name']} of set {plan.name} left no row: {record['came']} came. What came, and why"
+            f" it went:\n{_funnel(folder, plan.name)}\n{_advice(folder, plan)}"
+            " and run into a new --out; this one stays as it is, for `gristmill funnel` and `why`."
         )
     return record
 
 
 def _funnel(folder: RunFolder, set_name: str) -> str:
-    """came -> kept of each finished step, and the reasons, a line each."""
+    """came -> kept of each finished step with the reasons, and what it warned of, a line each."""
     lines = []
     for step in records(folder, set_name):
         made = f" + {step['made']:,}" if step["made"] else ""
         why = "".join(f", {reason} {count:,}" for reason, count in step["reasons"].items())
         lines.append(f"  {step['step']:02d} {step['name']}: {step['came']:,}{made} -> {step['kept']:,}{why}")
+        lines += [f"     ! {note}" for note in step["notes"]]
     return "\n".join(lines)
+
+
+def _advice(folder: RunFolder, plan: SetPlan) -> str:
+    """What to do about a set without rows."""
+    makers = [step for step in full_steps(plan) if step.scope == "maker"]
+    if makers and not any(step["made"] for step in records(folder, plan.name)):
+        return "No maker made a row: mend what is told above (with --cache no answer is paid for twice)"
+    return "Loosen the thresholds"
 
 
 def _told(folder: RunFolder, plan: SetPlan, index: int, step: AnyStep, error: Exception) -> Exception:

@@ -1,6 +1,7 @@
 """The engine: verdicts for every row, conservation, errors of single rows, makers, overrides, restarts."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -214,9 +215,31 @@ def test_a_step_that_keeps_nothing_stops_with_the_step_named(
     folder: RunFolder, write_source: Write, make_row: Make
 ) -> None:
     write_source("a", rows_of(make_row, ["aa", "bb"]))
-    with pytest.raises(HouseError, match=r"step 2 AtLeast of set sft left no row: 2 came.*too_short.*2"):
+    with pytest.raises(HouseError, match=r"(?s)step 2 AtLeast of set sft left no row: 2 came.*too_short 2.*Loosen"):
         run(folder, plan_of(AtLeast(low=9)))
     assert [r["kept"] for r in records(folder, "sft")] == [2, 2, 0]
+
+
+@dataclass(frozen=True)
+class Barren:
+    """Makes nothing, and says why."""
+
+    consumes: ClassVar[str | None] = None
+    scope: ClassVar[str] = "maker"
+    model: ClassVar[None] = None
+
+    def make(self, corpus: Corpus) -> Iterator[pa.Table]:
+        warnings.warn("Barren made no row: 3 requests; 3 refused", stacklevel=1)
+        return iter(())
+
+
+def test_a_set_without_rows_says_what_its_makers_lacked(folder: RunFolder, write_source: Write, make_row: Make) -> None:
+    write_source("a", rows_of(make_row, ["aa", "bb"]))
+    with pytest.raises(HouseError) as caught:
+        run(folder, plan_of(Barren(), AtLeast(low=9)))
+    assert "! Barren made no row: 3 requests; 3 refused\n" in str(caught.value)
+    assert "No maker made a row: mend what is told above" in str(caught.value)
+    assert "Loosen" not in str(caught.value)
 
 
 def test_a_source_left_empty_is_named(folder: RunFolder, write_source: Write, make_row: Make) -> None:
