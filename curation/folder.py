@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,13 +67,21 @@ def room_for(path: Path) -> Iterator[None]:
     """Turns a full disk inside the block into a HouseError that names `path`."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL:
+    except Exception as error:
+        number = _error_number(error)
+        if number not in FULL:
             raise
         raise HouseError(
-            f"cannot write {path}: {os.strerror(error.errno)}. Make room on that disk and run the same command again"
+            f"cannot write {path}: {os.strerror(number)}. Make room on that disk and run the same command again"
             " (what is finished stands), or choose another --out"
         ) from error
+
+
+def _error_number(error: Exception) -> int:
+    """The system's number of an error, 0 where it states none. Libraries in Rust (safetensors, tokenizers) raise types
+    of their own that end in "(os error 28)"."""
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return (error.errno or 0) if isinstance(error, OSError) else int(said[1]) if said else 0
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..curation.folder import HouseError, read_json, whole_folder, write_json
+from ..curation.folder import HouseError, read_json, room_for, whole_folder, write_json
 from .adapted import LoraLinear
 from .checkpoint import Checkpoint, find_latest, optimizer_tensors, remove_torn, restore_optimizer, save_checkpoint
 from .data import Family, Objective, Plan, make_plan, read_rows, read_units, write_plan
@@ -303,7 +303,8 @@ def _metrics(out: Path, main: bool) -> Iterator[TextIO | None]:
     if not main:
         yield None
         return
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    path = out / "metrics.jsonl"
+    with room_for(path), path.open("a", encoding="utf-8") as file:
         yield file
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gristmill.curation.folder import HouseError
 from gristmill.tuning.checkpoint import (
     Checkpoint,
     find_latest,
@@ -64,6 +65,20 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, at(5), keep=2)
     with pytest.raises(TypeError):
         save_checkpoint(tmp_path, Checkpoint(10, {}, {"unjsonable": object()}), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """The kernel's limit on a file's size stands in for the disk."""
+    resource = pytest.importorskip("resource", reason="limits of this kind are Unix's")
+    save_checkpoint(tmp_path, at(5), keep=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(HouseError, match=r"cannot write .*step-000010: .*Make room on that disk and run the same"):
+            save_checkpoint(tmp_path, at(10), keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["step-000005"]
 
 
