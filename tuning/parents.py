@@ -37,6 +37,8 @@ def find_parents(source: Path, model: Path | None) -> Parents:
     is missing or another than the run's."""
     run, adapter = _run_of(source), None
     record = read_json(run / "run.json") if run is not None else {}
+    if run is not None and "recipe" in record:
+        raise HouseError(f"{run} holds a whole run: name one of its training stages, {_stages(run)}")
     if run is not None and record.get("status") != "complete":
         raise HouseError(f"the run in {run} is not finished: run the command that started it once more, then export")
     source_folder = run / str(record["result"]) if run is not None and source == run else source
@@ -89,6 +91,12 @@ def licence_of(folder: Path) -> str | None:
     front = re.match(r"---\n(.*?)\n---", page.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     found = re.search(r"^license:\s*(\S+)", front[1], re.MULTILINE) if front else None
     return found[1] if found else None
+
+
+def _stages(folder: Path) -> str:
+    """The training stages of a whole run, in words."""
+    found = sorted(path.parent for path in folder.glob("*/run.json") if "objective" in read_json(path))
+    return " or ".join(map(str, found)) or "of which it has none yet"
 
 
 def _run_of(source: Path) -> Path | None:

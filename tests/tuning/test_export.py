@@ -193,9 +193,13 @@ def test_the_manifest_names_parents_licences_and_files(base: Path, tmp_path: Pat
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= {
         file["path"] for file in manifest["files"]
     }
-    (run / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    (run / "run.json").write_text(json.dumps(record | {"status": "running", "objective": "sft"}))
     with pytest.raises(HouseError, match="not finished"):
         export(run, tmp_path / "again", "merged", device="cpu")
+    (run.parent / "run.json").write_text('{"recipe": "r"}')
+    with pytest.raises(HouseError, match=f"holds a whole run: name one of its training stages, .*{run.name}"):
+        exporting.find_parents(run.parent, None)
+    (run.parent / "run.json").unlink()
     (run / "run.json").write_text(json.dumps(record | {"model_digest": "other"}))
     with pytest.raises(HouseError, match=r"is not the model that .* was trained on"):
         export(run, tmp_path / "again", "merged", device="cpu")
