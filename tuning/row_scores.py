@@ -27,6 +27,7 @@ ROW_SCORES = pa.schema(
         pa.field("problem", pa.string()),  # why there are no numbers
     ]
 )
+NO_NUMBER = "its log-probabilities are no numbers: the model's weights hold NaN or infinity, or overflow in this dtype"
 PER_TOKEN = (pa.field("token_ids", pa.list_(pa.int32())), pa.field("token_logps", pa.list_(pa.float32())))
 
 
@@ -62,7 +63,8 @@ def row_scores(
                 made.append(row | {"problem": str(item)})
             else:
                 own = [next(found) for _ in item]
-                made.append(row | _numbers(own, preference, per_token))
+                odd = not all(np.isfinite(logps).all() for _, logps in own)
+                made.append(row | ({"problem": NO_NUMBER} if odd else _numbers(own, preference, per_token)))
         if progress is not None and not documents:
             progress(start + batch.num_rows, rows.num_rows)
         yield pa.Table.from_pylist(made, schema=schema_of(per_token))

@@ -99,6 +99,21 @@ def test_a_row_that_cannot_be_scored_says_why_and_harms_no_other(home: Path) -> 
     assert all(item["loss"] is None and item["tokens"] is None for item in found[5:])
 
 
+def test_log_probabilities_that_are_no_numbers_are_a_problem_and_no_score(home: Path) -> None:
+    scorer = PackedScorer(home)
+    real = scorer.target_logps
+
+    def odd(documents, told):
+        for place, logps in enumerate(real(documents, told)):
+            yield logps * np.nan if place == 0 else logps
+
+    scorer.target_logps = odd
+    (made,) = row_scores(scorer, table([ROWS[0], ROWS[4]]))
+    first, second = made.to_pylist()
+    assert first["problem"].startswith("its log-probabilities are no numbers") and first["loss"] is None
+    assert second["problem"] is None and np.isfinite(second["loss"])
+
+
 def test_no_rows_and_progress(home: Path) -> None:
     scorer = PackedScorer(home, dtype="fp32", device="cpu")
     assert list(row_scores(scorer, table([]))) == []
