@@ -14,7 +14,7 @@ Recipe(
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
@@ -135,8 +135,9 @@ Stage = Curate | Train | Evaluate
 @dataclass(frozen=True)
 class Recipe:
     """A whole run. licences: those that sources may have; None: any. decontaminate: evaluation sets; every set that a
-    stage trains on, and that has no Decontaminate after its last maker, gets one there, before the judges. None: such a
-    set is named in a warning; empty: it is meant so. Stages run in order."""
+    stage trains on, and that has no Decontaminate after its last maker, gets one there, before the judges; a step
+    Decontaminate that names no set takes these. None: such a set is named in a warning; empty: it is meant so. Stages
+    run in order."""
 
     name: str
     version: str = "1.0.0"
@@ -159,10 +160,19 @@ class Recipe:
 
 def steps_of(recipe: Recipe, stage: Curate) -> tuple[Step, ...]:
     """The steps of a set, with the gate that the recipe's `decontaminate` asks for."""
-    if not recipe.decontaminate or stage.set not in _open_to_evaluation_sets(recipe):
+    if not recipe.decontaminate:
         return stage.steps
+    steps = tuple(_with_sets(step, recipe.decontaminate) for step in stage.steps)
+    if stage.set not in _open_to_evaluation_sets(recipe):
+        return steps
     start = _made_by(stage)
-    return (*stage.steps[:start], Decontaminate(recipe.decontaminate), *stage.steps[start:])
+    return (*steps[:start], Decontaminate(recipe.decontaminate), *steps[start:])
+
+
+def _with_sets(step: Step, against: tuple[str | EvaluationSet, ...]) -> Step:
+    """A Decontaminate that names no evaluation set, with those of the recipe; any other step as it is."""
+    bare = isinstance(step, Decontaminate) and not step.against and not step.sets
+    return replace(step, against=against) if bare else step
 
 
 def cautions(recipe: Recipe) -> Iterator[str]:
@@ -175,6 +185,13 @@ def cautions(recipe: Recipe) -> Iterator[str]:
                 " `decontaminate: [gsm8k_test.parquet]` (`[]` if there are none) or in the set by a step"
                 " `Decontaminate: {sets: {gsm8k: PATH}}`."
             )
+
+    gated = (step for stage in recipe.sets().values() for step in steps_of(recipe, stage))
+    if recipe.decontaminate and not any(isinstance(step, Decontaminate) for step in gated):
+        yield (
+            "the recipe names evaluation sets (`decontaminate`), and no set is compared with them: no stage trains, and"
+            " no set has a step `Decontaminate`. Put one after its last maker."
+        )
 
     for name, stage in recipe.sets().items():
         poor = [said for model in _authors(stage) if stage.kind == "sft" and (said := made_on_the_spot(recipe, model))]

@@ -60,6 +60,24 @@ def test_one_line_puts_the_gate_into_every_set_that_trains() -> None:
     assert set_plan(own, own.sets()["clean"]).steps == (Decontaminate(("c.jsonl",)),)
 
 
+def test_a_step_that_names_no_set_takes_those_of_the_recipe() -> None:
+    """It looked for nothing, and kept the gate away from the set that it stands in."""
+    recipe = loaded("Decontaminate: {n: 10}", "decontaminate: [a.jsonl]")
+    assert set_plan(recipe, recipe.sets()["clean"]).steps == (Decontaminate(("a.jsonl",), n=10),)
+    assert recipe.sets()["clean"].steps == (Decontaminate(n=10),) and load_text(dump(recipe)) == recipe
+    early = loaded("Decontaminate, DocstringQuestions", "decontaminate: [a.jsonl]")
+    named = [type(step).__name__ for step in set_plan(early, early.sets()["clean"]).steps]
+    assert named == ["Decontaminate", "DocstringQuestions", "Decontaminate"]
+
+
+def test_evaluation_sets_that_nothing_is_compared_with_are_told() -> None:
+    lines = RECIPE.splitlines(keepends=True)
+    untrained = "".join(line for line in lines if not line.startswith(("models", "  small", "  - sft")))
+    (said,) = cautions(load_text(untrained.replace("STEPS", "Refusal") + "decontaminate: [a.jsonl]"))
+    assert "no set is compared with them" in said
+    assert not list(cautions(load_text(untrained.replace("STEPS", "Decontaminate") + "decontaminate: [a.jsonl]")))
+
+
 def test_a_run_says_it_first(tmp_path: Path) -> None:
     class Said(Silent):
         def __init__(self) -> None:
