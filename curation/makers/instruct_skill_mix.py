@@ -83,6 +83,8 @@ class InstructSkillMix:
             raise HouseError(f"{self}: all its numbers of things are at least 1")
         if self.extract not in ("model", "rows"):
             raise HouseError(f"{self}: extract is model or rows, not {self.extract!r}")
+        if self.set_name is not None and (self.skills or self.extract == "model"):
+            raise HouseError(f"{self}: no row of {self.set_name} would be read; say extract: rows, and no skills")
         if self.skills and len({name_key(skill) for skill in self.skills}) < self.k:
             raise HouseError(f"{self}: it takes at least k = {self.k} different skills to mix")
 

@@ -206,6 +206,13 @@ def test_names_that_say_the_same_are_one() -> None:
 # InstructSkillMix
 
 
+@pytest.mark.parametrize("how", [{}, {"extract": "rows", "skills": ("a", "b")}])
+def test_a_set_whose_rows_would_not_be_read_is_refused(how: dict[str, Any]) -> None:
+    with pytest.raises(HouseError, match="no row of tasks would be read; say extract: rows, and no skills"):
+        InstructSkillMix(model="m", set_name="tasks", **how)
+    assert InstructSkillMix(model="m", set_name="tasks", extract="rows").set_name == "tasks"
+
+
 def test_mixes_are_different_drawn_by_the_seed_and_as_many_as_there_are() -> None:
     skills = [f"s{number}" for number in range(6)]
     every = mixes(skills, ["a", "b"], 2, 1000, 0)
