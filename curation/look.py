@@ -542,6 +542,8 @@ def _show_origin(tree: Tree, found: Life) -> None:
         branch.add(Text(f"{'  ' * (parent.depth - 1)}{parent.row_id} ({made}{fate})\n{parent.text}"))
     for lost in [one for one in row["parents"] or () if one not in {parent.row_id for parent in found.parents}]:
         branch.add(Text(f"{lost} (not a row of this run)"))
+    if not row["parents"]:
+        branch.add(Text("no row: its maker begins with what the model says, or with words of the recipe"))
 
 
 def _show_set(tree: Tree, found: Life, name: str, others: Mapping[str, Json]) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,15 @@ def test_row_text_cannot_drive_the_terminal(tmp_path: Path) -> None:
     )
     assert "\x1b[2J" not in shown(console) and "\x07" not in shown(console) and "\x9b" not in shown(console)
     assert shown(console).count("[bold red]not markup[/]") == 2
+
+
+def test_a_row_made_from_nothing_says_so(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = look.why(fake.folder, fake.by_name["made"])
+    lone = replace(made, row=dict(made.row) | {"parents": []}, parents=())
+    monkeypatch.setattr(look, "life", lambda *_: lone)
+    console = screen()
+    look.print_why(fake.folder, fake.by_name["made"], console)
+    assert "no row: its maker begins with what the model says" in shown(console)
 
 
 def test_printed_life_and_query(fake: Any) -> None:
