@@ -8,7 +8,8 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -125,18 +126,28 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 LOCK = ".lock"
+_HELD: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())  # by this thread's run
 
 
 @contextmanager
 def sole(root: Path) -> Iterator[None]:
-    """Holds `root` for one run at a time, and sweeps it first. The operating system lets go of it when the run dies; a
-    HouseError while another run holds it."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / LOCK).open("w") as lock:
+    """Holds `root` for one run at a time, and sweeps it first; what holds it already may hold it again inside. The
+    operating system lets go of it when the run dies; a HouseError while another run holds it."""
+    here = root.resolve()
+    if here in _HELD.get():
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((root / LOCK).open("w"))
+        except OSError as error:
+            raise HouseError(f"cannot write in {root}: {error.strerror}. Choose another --out.") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise HouseError(f"another run is writing in {root}: wait for it, or choose another --out") from error
+        stack.callback(_HELD.reset, _HELD.set(_HELD.get() | {here}))
         sweep(root)
         yield
 

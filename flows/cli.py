@@ -126,7 +126,9 @@ def sft(
     *,
     model: MODEL,
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.")],
-    start: Annotated[Path | None, typer.Option(help="A LoRA adapter to continue.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="A LoRA adapter to continue, or the folder of the stage that made it.")
+    ] = None,
     licence: Annotated[str, typer.Option(help="Licence of DATA, where it has no manifest.")] = "unknown",
 ) -> None:
     """Fine-tune a model on conversations."""

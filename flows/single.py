@@ -3,12 +3,13 @@
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from ..curation.folder import HouseError, RunFolder
+from ..curation.folder import HouseError, RunFolder, sole
 from ..curation.reading.source import read_source
 from ..curation.shards import KINDS
 from ..tuning.settings import NewModel, Training
@@ -41,9 +42,11 @@ def train_single(
     how = build_settings(Training, settings)
     find_loss(how.loss, objective)
     folder = RunFolder(out)
+    adapter = start / "adapter" if start is not None and (start / "adapter").is_dir() else start  # of a stage's folder
     curated, held_out = Path(data), HELD_OUT if how.evaluate_every else 0.0
-    with world() as here:
+    with world() as here, ExitStack() as held:
         show = show if here.main else Silent()
+        here.first(lambda: held.enter_context(sole(folder.root)))
         if not (curated / "manifest.json").is_file():
             kind = TRAINS_ON[objective][0]
             curated = here.first(lambda: _curated(data, kind, licence, model, folder, held_out, show))
@@ -51,7 +54,7 @@ def train_single(
 
         def do(progress: Any) -> Done:
             parts: dict[str, Any] = {"progress": told(progress), "references": folder.root / "references"}
-            done = train_here(objective, curated, model, home, how, adapter=start, name=objective, **parts)
+            done = train_here(objective, curated, model, home, how, adapter=adapter, name=objective, **parts)
             return Done(end_text(done, home), data=done)
 
         return timed(f"train {objective}", show, do).data
@@ -60,7 +63,7 @@ def train_single(
 def _curated(data: str, kind: str, licence: str, model: Path, folder: RunFolder, held_out: float, show: Silent) -> Path:
     """Reads `data` into the run's folder and makes a curated set of all that can be trained on."""
     assert kind in KINDS
-    name = re.sub(r"\W+", "-", folder.root.resolve().name).strip("-_") or "run"
+    name = re.sub(r"[^A-Za-z0-9_]+", "-", folder.root.resolve().name).strip("-_") or "run"
     recipe = Recipe(
         name,
         sources=(Source("data", data, licence=licence),),

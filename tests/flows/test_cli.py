@@ -136,6 +136,26 @@ def test_sft_on_a_curated_folder_and_on_raw_data(
     assert "unknown key 'max_stps' in Training; did you mean 'max_steps'?" in capsys.readouterr().err
 
 
+def test_a_folder_that_another_run_writes_in_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shared: Path, whole: Whole, tmp_path: Path
+) -> None:
+    model = next((shared / "cache/models").iterdir())
+    other = "import sys, pathlib; from gristmill.curation.folder import sole\n"
+    other += "with sole(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", other, tmp_path / "äöü out"]
+    arguments = [*SHORT, "--model", model, "--out", tmp_path / "äöü out"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as held:
+        assert held.stdout is not None and held.stdout.readline() == "held\n"
+        for data in (shared / "whole/curated/clean", shared / "chats.jsonl"):
+            assert call(monkeypatch, "sft", data, *arguments) == 1
+            assert "another run is writing in" in capsys.readouterr().err
+        held.communicate("")
+    assert call(monkeypatch, "sft", shared / "chats.jsonl", *arguments) == 0  # a name that is not ASCII
+    (tmp_path / "file").write_text("")
+    assert call(monkeypatch, "sft", shared / "chats.jsonl", *arguments[:-1], tmp_path / "file") == 1
+    assert "cannot write in" in capsys.readouterr().err
+
+
 def test_dpo_refuses_sft_data_and_continues_an_adapter(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shared: Path, whole: Whole, tmp_path: Path
 ) -> None:
@@ -144,7 +164,7 @@ def test_dpo_refuses_sft_data_and_continues_an_adapter(
     assert call(monkeypatch, "dpo", shared / "whole/curated/clean", *SHORT, *start) == 1
     assert "dpo trains on data of kind 'preference'" in capsys.readouterr().err
     settings = [*SHORT[:3], "lora.rank=4", "threads=1"]
-    adapter = ["--start", shared / "whole/sft/adapter"]
+    adapter = ["--start", shared / "whole/sft"]
     assert call(monkeypatch, "dpo", shared / "whole/curated/pairs", *settings, *start, *adapter) == 0
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out/dpo/metrics.jsonl").read_text().splitlines()]
     assert losses[0] == pytest.approx(0.6931472, abs=1e-6)  # ln 2: policy and reference begin equal
