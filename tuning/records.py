@@ -71,7 +71,12 @@ def begun(out: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     path = out / "run.json"
     if not path.is_file():
         return None
-    past = read_json(path)
+    try:
+        past = read_json(path)
+    except ValueError as error:
+        raise HouseError(
+            f"{path} is damaged, so nothing says what began here: {error}. Choose another folder, or remove this one"
+        ) from error
     check_version(path, past)
     differing = [text for key in INPUTS for text in _differences(key, _bound(past.get(key)), _bound(inputs[key]))]
     if differing:
@@ -90,7 +95,10 @@ def cut_metrics(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    lines = [line for line in whole if json.loads(line)["step"] <= step]
+    try:
+        lines = [line for line in whole if json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise HouseError(f"{path} holds a line that is no step's metrics: {error}. Remove that line") from error
     with whole_file(path) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
     return [json.loads(line) for line in lines]

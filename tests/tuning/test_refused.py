@@ -143,7 +143,16 @@ def test_what_another_format_wrote_is_refused_and_free_settings_may_change(home:
         HouseError, match=r"run.json was written by gristmill 9.9 in format 7; this is .*writes format 2"
     ):
         train(*arguments, tmp_path / "out", settings)
+    record.write_text(stored[:100])
+    with pytest.raises(HouseError, match=r"run.json is damaged, so nothing says what began here"):
+        train(*arguments, tmp_path / "out", settings)
     record.write_text(stored)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    known = metrics.read_text()
+    metrics.write_text(known + "garbage\n")
+    with pytest.raises(HouseError, match=r"metrics.jsonl holds a line that is no step's metrics: .*Remove that line"):
+        train(*arguments, tmp_path / "out", settings)
+    metrics.write_text(known)
     assert state.is_file()
     with pytest.raises(HouseError, match=r"settings.learning_rate was 0.01, is now 0.5"):
         train(*arguments, tmp_path / "out", replace(settings, learning_rate=0.5))
