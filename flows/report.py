@@ -314,7 +314,7 @@ def _stage(folder: RunFolder, run: Mapping[str, Any]) -> Json:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     curves = [curve for name in CURVES if (curve := _curve(lines, name)) is not None]
-    keys = ("rows", "tokens", "target_tokens", "packs", "fill", "steps", "epochs", "truncated")
+    keys = ("rows", "tokens", "target_tokens", "packs", "fill", "steps", "epochs", "truncated", "not_reached")
     facts = [(name.replace("_", " "), run.get("plan", {}).get(name)) for name in keys]
     facts += [(f"left out: {reason}", rows) for reason, rows in run.get("plan", {}).get("excluded", {}).items()]
     facts += [

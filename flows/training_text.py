@@ -13,6 +13,7 @@ def plan_text(plan: Row) -> str:
     lines = [
         f"plan      {plan['rows']:,} rows, {plan['tokens']:,} tokens ({plan['target_tokens']:,} of them targets) in "
         f"{plan['packs']:,} packs, {percent(plan['fill'])} full; {plan['steps']:,} steps, {plan['epochs']} epochs",
+        *_not_reached(plan),
         *_shared(plan),
         f"left out  {_left_out(plan) or 'no row'}",
     ]
@@ -88,6 +89,13 @@ def span(seconds: float) -> str:
 def _shared(plan: Row) -> list[str]:
     saved = plan["unshared_tokens"] - plan["tokens"]
     return [f"shared    {saved:,} tokens that answers have in common lie once"] if saved else []
+
+
+def _not_reached(plan: Row) -> list[str]:
+    count = plan.get("not_reached", 0)
+    return (
+        [f"in no step {count:,} rows: the steps end before the first epoch does (max_steps, epochs)"] if count else []
+    )
 
 
 def _left_out(plan: Row) -> str:

@@ -148,7 +148,7 @@ def make_plan(units: Units, settings: Training) -> Plan:
 
 def summary(plan: Plan, capacity: int) -> dict[str, Any]:
     """The plan in numbers: rows, units, tokens (unshared_tokens: if nothing lay once for many), target tokens, packs,
-    fill, steps, epochs, what was left out or cut."""
+    fill, steps, epochs (begun), not_reached (rows of the packs that no step takes), what was left out or cut."""
     lengths = plan.units.lengths
     return {
         "rows": len(set(plan.units.rows_of(np.arange(len(lengths)))[0])),
@@ -161,10 +161,21 @@ def summary(plan: Plan, capacity: int) -> dict[str, Any]:
         "fill": round(float(lengths.sum()) / (len(plan.packs) * capacity), 6),
         "steps": len(plan.steps),
         "epochs": plan.steps[-1][0] + 1,
+        "not_reached": len(_not_reached(plan)),
         "excluded": counted(plan.units.excluded),
         "truncated": plan.units.truncated.num_rows,
         "digest": plan.digest,
     }
+
+
+def _not_reached(plan: Plan) -> set[str]:
+    """Rows that no step trains, because the steps end before an epoch does."""
+    reached = {pack for _, packs in plan.steps for pack in packs}
+    left = [units for pack, units in enumerate(plan.packs) if pack not in reached]
+    if not left:
+        return set()
+    trained = np.concatenate([plan.packs[pack] for pack in reached])
+    return set(plan.units.rows_of(np.concatenate(left))[0]) - set(plan.units.rows_of(trained)[0])
 
 
 def write_plan(plan: Plan, capacity: int, out: Path) -> dict[str, Any]:

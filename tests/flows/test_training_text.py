@@ -26,6 +26,8 @@ def test_the_plan_names_what_is_trained_left_out_and_needed() -> None:
     assert plan_text(whole).split("\n")[1] == "left out  no row" and len(plan_text(whole).split("\n")) == 5
     held_out = whole | {"held_out": {"rows": 12, "excluded": {"equal_answers": 1, "too_long": 1300}}}
     assert plan_text(held_out).split("\n")[2] == "held out  12 rows measured, not: equal_answers 1, too_long 1,300"
+    short = plan_text(whole | {"not_reached": 1100}).split("\n")
+    assert short[1] == "in no step 1,100 rows: the steps end before the first epoch does (max_steps, epochs)"
     every = whole | {"held_out": {"rows": 1000, "excluded": {}}}
     assert plan_text(every).split("\n")[2] == "held out  1,000 rows measured"
 

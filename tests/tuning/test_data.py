@@ -336,5 +336,8 @@ def test_the_plan_trains_every_row_once_an_epoch(monkeypatch: pytest.MonkeyPatch
     assert numbers == summary(plan, 40)
     assert (numbers["rows"], numbers["units"], numbers["tokens"]) == (50, 75, int(units.lengths.sum()))
     assert numbers["target_tokens"] == sum(int(t.weights.sum()) for group in groups for t in group)
-    assert len(make_plan(units, Training(capacity=40, packs_per_step=4, max_steps=3)).steps) == 3
+    assert numbers["not_reached"] == 0
+    short = make_plan(units, Training(capacity=40, packs_per_step=4, max_steps=3))
+    reached = {row for step in range(3) for row in units.rows_of(short.units_of(step))[0]}
+    assert len(short.steps) == 3 and summary(short, 40)["not_reached"] == 50 - len(reached) > 0
     assert len(make_plan(units, Training(capacity=40, packs_per_step=4, epochs=0.01)).steps) == 1
