@@ -70,7 +70,9 @@ def _curated(data: str, kind: str, licence: str, model: Path, folder: RunFolder,
         models={"model": Model(path=str(model))},
         stages=(Curate("data", kind=kind, sources=("data",), held_out=held_out),),  # type: ignore[arg-type]
     )
-    run(recipe, folder.root, parts="curate", show=show)
+    done = run(recipe, folder.root, parts="curate", show=show)
+    if done.cached and Path(data).exists():  # a finished run does not open its sources again
+        read_source(recipe.sources[0], folder)
     return folder.curated("data")
 
 

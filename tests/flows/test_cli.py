@@ -132,6 +132,14 @@ def test_sft_on_a_curated_folder_and_on_raw_data(
     assert manifest["rows"] == 150  # nothing is held out, the unreadable line is in quarantine
     assert (tmp_path / "b/sft/adapter/adapter_model.safetensors").is_file()
 
+    (tmp_path / "chats.jsonl").write_bytes((shared / "chats.jsonl").read_bytes())
+    again = [tmp_path / "chats.jsonl", *SHORT, "--model", model, "--out", tmp_path / "d"]
+    assert call(monkeypatch, "sft", *again) == 0
+    with (tmp_path / "chats.jsonl").open("a") as more:
+        more.write('{"prompt": "One more?", "completion": "Yes, one more row."}\n')
+    assert call(monkeypatch, "sft", *again) == 1
+    assert "The rows of a run never change: choose another --out" in capsys.readouterr().err
+
     assert call(monkeypatch, "sft", curated, "max_stps=1", "--model", model, "--out", tmp_path / "c") == 1
     assert "unknown key 'max_stps' in Training; did you mean 'max_steps'?" in capsys.readouterr().err
 
