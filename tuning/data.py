@@ -134,7 +134,10 @@ def make_plan(units: Units, settings: Training) -> Plan:
     lengths = units.lengths
     if not len(lengths):
         reasons = counted(units.excluded)
-        raise HouseError(f"no row is left to train on; excluded: {reasons or 'none, the data has no rows'}")
+        shown = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+        longest = max((row["tokens"] for row in units.excluded.to_pylist() if row["reason"] == "too_long"), default=0)
+        advice = f". The longest row has {longest:,} tokens: raise capacity" if longest > settings.capacity else ""
+        raise HouseError(f"no row is left to train on; excluded: {shown or 'none, the data has no rows'}{advice}")
     packs = pack_plan(lengths, settings.capacity)
     costs = pack_costs(packs, units.squares)
     steps: list[tuple[int, list[int]]] = []

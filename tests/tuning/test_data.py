@@ -276,7 +276,7 @@ def test_trap_all_rows_empty_or_masked_is_an_error_that_says_so(monkeypatch: pyt
         units = units_of(monkeypatch, [group] * 3, objective, prompt=["p"] * 3)
         assert units.row_ids == [] and units.excluded["reason"].to_pylist() == ["no_target"] * 3
         assert units.lengths.tolist() == [] and units.weights.tolist() == []
-        with pytest.raises(HouseError, match=r"no row is left to train on; excluded: \{'no_target': 3\}"):
+        with pytest.raises(HouseError, match=r"no row is left to train on; excluded: no_target 3$"):
             make_plan(units, Training())
 
 
@@ -314,7 +314,7 @@ def test_rows_that_teach_nothing_are_excluded_with_a_reason(monkeypatch: pytest.
 
 
 def test_no_row_left_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(HouseError, match=r"no row is left to train on; excluded: \{'no_target': 1\}"):
+    with pytest.raises(HouseError, match=r"no row is left to train on; excluded: no_target 1$"):
         make_plan(units_of(monkeypatch, [[tokens(4, 0)]]), Training())
     with pytest.raises(HouseError, match="no rows"):
         make_plan(units_of(monkeypatch, []), Training())
