@@ -9,7 +9,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from ..curation.folder import HouseError, RunFolder, sole
+from ..curation.folder import HouseError, RunFolder, read_json, sole
+from ..curation.ledger import records
 from ..curation.reading.source import read_source
 from ..curation.shards import KINDS
 from ..tuning.settings import NewModel, Training
@@ -70,10 +71,31 @@ def _curated(data: str, kind: str, licence: str, model: Path, folder: RunFolder,
         models={"model": Model(path=str(model))},
         stages=(Curate("data", kind=kind, sources=("data",), held_out=held_out),),  # type: ignore[arg-type]
     )
-    done = run(recipe, folder.root, parts="curate", show=show)
+    try:
+        done = run(recipe, folder.root, parts="curate", show=show)
+    except HouseError as error:
+        if said := _of_another_kind(folder, data, kind):
+            raise HouseError(said) from error
+        raise
     if done.cached and Path(data).exists():  # a finished run does not open its sources again
         read_source(recipe.sources[0], folder)
     return folder.curated("data")
+
+
+def _of_another_kind(folder: RunFolder, data: str, kind: str) -> str:
+    """What to say where every row of `data` was dropped because it is of another kind; nothing where that is not so."""
+    record = folder.rows / "data.json"
+    dropped = [reason for step in records(folder, "data") for reason in step["reasons"] if step["kept"] == 0]
+    if dropped != ["wrong_shape"] or not record.is_file():
+        return ""
+    verbs = {"sft": "gristmill sft", "preference": "gristmill dpo", "kto": "gristmill kto"}
+    holds = {"sft": "conversations", "preference": "preference pairs", "kto": "single answers that are good or bad"}
+    others = ", ".join(f"`{verbs[other]}` on {holds[other]}" for other in verbs if other != kind)
+    shape = read_json(record)["shape"]
+    return (
+        f"{data} holds rows of the shape {shape}; `{verbs[kind]}` trains on {holds[kind]}, {others}. "
+        "Use the one that fits, into another --out"
+    )
 
 
 def make_single(folder: Path, corpus: str, settings: Sequence[str], show: Silent) -> dict[str, Any]:

@@ -169,6 +169,12 @@ def test_dpo_refuses_sft_data_and_continues_an_adapter(
 ) -> None:
     model = next((shared / "cache/models").iterdir())
     start = ["--model", model, "--out", tmp_path / "out"]
+    assert call(monkeypatch, "dpo", shared / "chats.jsonl", "--model", model, "--out", tmp_path / "other") == 1
+    said = capsys.readouterr().err
+    assert (
+        "chats.jsonl holds rows of the shape" in said
+        and "`gristmill dpo` trains on preference pairs, `gristmill sf" in said
+    )
     assert call(monkeypatch, "dpo", shared / "whole/curated/clean", *SHORT, *start) == 1
     assert "dpo trains on data of kind 'preference'" in capsys.readouterr().err
     settings = [*SHORT[:3], "lora.rank=4", "threads=1"]
