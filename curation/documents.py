@@ -1,5 +1,6 @@
 """Raw documents as makers read them: rows with `text`, cut into sections of which none is lost unsaid."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -46,4 +47,12 @@ def cut(corpus: Corpus, set_name: str | None, window: int, least: int) -> list[S
             if not short:
                 found.append(Section(row_id, said, start, end))
     corpus.record(documents=dict(count))
+    if not found and count["documents"]:
+        warnings.warn(
+            f"none of {count['documents']:,} documents has a section of {least:,} to {window:,} characters: a smaller"
+            " `least` or a larger `window` finds some",
+            stacklevel=2,
+        )
+    elif not found:
+        warnings.warn("there is no document: name a set of kind text, by set_name, or a source of texts", stacklevel=2)
     return found

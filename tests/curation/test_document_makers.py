@@ -77,6 +77,23 @@ def made_by(maker: Any, corpus: Any) -> list[dict[str, Any]]:
     return [row for part in maker.make(corpus) for row in part.to_pylist()]
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [document(0, "word " * 20), document(1, "short")],
+            "none of 2 documents has a section of 150 to 160 characters",
+        ),
+        ([], "there is no document: name a set of kind text"),
+    ],
+)
+def test_documents_of_which_no_section_can_be_asked_about_are_told(rows: list[dict[str, Any]], said: str) -> None:
+    corpus = Corpus(rows, lambda request: "never")
+    with pytest.warns(UserWarning) as caught:
+        assert made_by(DocumentTasks("m", window=160, least=150), corpus) == []
+    assert said in str(caught[0].message) and "0 requests; nothing to ask" in str(caught[1].message)
+
+
 def real(data: Path, name: str) -> list[str]:
     return pq.read_table(data / f"{name}.parquet", columns=["text"])["text"].to_pylist()
 
