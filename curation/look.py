@@ -25,6 +25,7 @@ from .text.view import prompt_of, response_of
 from .views import Json, connect, query, sets, sources, steps
 
 ROW_ID = re.compile(r"[0-9a-f]{32}")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 MOST_ROWS = 1000  # of a query's answer on the screen
 MOST_MEMBERS = 5  # of a group that are shown
 MOST_RELATIVES = 50  # parents or children of one row that are told
@@ -475,8 +476,9 @@ def cut(text: str, most: int) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` with control characters other than tab and newline shown as `·`: a terminal must not obey row text."""
-    return "".join(c if c in "\t\n" or (c >= " " and not "\x7f" <= c <= "\x9f") else "·" for c in text)
+    """`text` with control characters other than tab and newline, and those that turn the direction of writing, shown as
+    `·`: a terminal must not obey row text."""
+    return CONTROL.sub("·", text)
 
 
 def print_why(folder: RunFolder, row_id: str, console: Console | None = None) -> None:

@@ -174,6 +174,11 @@ def test_row_text_cannot_drive_the_terminal(tmp_path: Path) -> None:
     assert shown(console).count("[bold red]not markup[/]") == 2
 
 
+def test_a_terminal_obeys_no_row() -> None:
+    said = "a\tb\n\x1b[31mc\x00\x7f\x9b \u202edesrever\u2066 é 日 \U0001f600"
+    assert look.plain(said) == "a\tb\n·[31mc··· ·desrever· é 日 \U0001f600"
+
+
 def test_a_row_made_from_nothing_says_so(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = look.why(fake.folder, fake.by_name["made"])
     lone = replace(made, row=dict(made.row) | {"parents": []}, parents=())
