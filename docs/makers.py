@@ -273,7 +273,8 @@ def _verdicts(found: Life) -> str:
 def _account(one: Account) -> str:
     names = ("asked", "answered", "parsed", "verified", "made", "kept")
     said = [f"{name} {value:,}" for name in names if (value := getattr(one, name)) is not None]
-    return "\n".join(["- " + ", ".join(said), *(f"- {what}: {reasons}" for what, reasons in one.lost())])
+    judged = [] if one.judged is None else [f"- its verifier asked {one.judged.line()}"]
+    return "\n".join(["- " + ", ".join(said), *judged, *(f"- {what}: {reasons}" for what, reasons in one.lost())])
 
 
 def index(pages: Mapping[str, Page]) -> str:
