@@ -172,6 +172,8 @@ class ServerChat:
                 continue
             try:
                 result = await self._advance(asked)
+            except HouseError as error:  # a tokenizer that is not there
+                result = self._stopped = _Halt("refused", str(error))
             except Exception as error:  # one bad request never harms another
                 result = ChatError("refused", self._clean(f"{type(error).__name__}: {error}"))
             if result is None:
@@ -360,7 +362,7 @@ def look(settings: Server, digest: str | None = None) -> Card:
             response = client.get("models")
     except httpx.HTTPError as error:
         raise HouseError(
-            f"no server answers at {settings.url} ({type(error).__name__}). Start one, such as"
+            f"no server answers at {settings.url} ({str(error) or type(error).__name__}). Start one, such as"
             f" `vllm serve MODEL --port {urlsplit(settings.url).port or 8000}`, or mend the url (it ends with /v1)"
         ) from error
     if response.status_code in (401, 403):

@@ -118,6 +118,20 @@ def test_what_no_other_request_mends_ends_a_run_that_can_go_on(status: int, said
     assert {answer.kind for answer in others if isinstance(answer, ChatError)} == {"refused"}
 
 
+def test_a_tokenizer_that_is_not_there_ends_a_run_that_can_go_on() -> None:
+    long = ChatRequest((("user", "many words " * 100),), 1, Sampling(max_tokens=16))
+    with BadServer(context=64) as server:
+        chat = ServerChat(Server(server.url, tokenizer="/nowhere"), halts=True)
+        with pytest.raises(HouseError, match="there is no model folder /nowhere"):
+            chat.complete([long] * 3)
+    assert not server.bodies
+
+
+def test_a_server_that_is_not_reached_says_why() -> None:
+    with pytest.raises(HouseError, match=r"no server answers at .* \(.*(refused|Connect call failed|attempts failed)"):
+        look(Server("http://127.0.0.1:1/v1"))
+
+
 def test_a_server_that_stays_down_ends_a_run_that_can_go_on() -> None:
     with BadServer() as server:
         chat = ServerChat(Server(server.url, concurrency=4, patience=0.3, retries=50, backoff=0.005), halts=True)
