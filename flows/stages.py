@@ -171,8 +171,9 @@ def steps_of(recipe: Recipe, stage: Curate) -> tuple[Step, ...]:
 
 def _with_sets(step: Step, against: tuple[str | EvaluationSet, ...]) -> Step:
     """A Decontaminate that names no evaluation set, with those of the recipe; any other step as it is."""
-    bare = isinstance(step, Decontaminate) and not step.against and not step.sets
-    return replace(step, against=against) if bare else step
+    if isinstance(step, Decontaminate) and not step.against and not step.sets:
+        return replace(step, against=against)
+    return step
 
 
 def cautions(recipe: Recipe) -> Iterator[str]:
@@ -385,6 +386,19 @@ def _bad_train(
         yield (*at, "start"), f"no earlier stage {stage.start!r}; {nearest(stage.start, list(trained))}"
     elif trained[stage.start].model != stage.model:
         yield (*at, "start"), f"stage {stage.start!r} trains {trained[stage.start].model!r}, not {stage.model!r}"
+    else:
+        yield from _bad_continued(stage, trained[stage.start], at)
+
+
+def _bad_continued(stage: Train, start: Train, at: Path) -> Iterator[tuple[Path, str]]:
+    """An adapter goes on as it is; told before any set is made."""
+    own, theirs = stage.settings.lora, start.settings.lora
+    if own is None or theirs is None:
+        return
+    for key in ("rank", "alpha", "rslora"):
+        if getattr(own, key) != getattr(theirs, key):
+            said = f"continues {start.name!r}, whose lora.{key} is {getattr(theirs, key)}, not {getattr(own, key)}"
+            yield (*at, "lora"), f"stage {stage.name!r} {said}: write the same"
 
 
 def _bad_licences(recipe: Recipe, stage: Train, sets: Mapping[str, Curate]) -> Iterator[tuple[Path, str]]:
