@@ -21,6 +21,7 @@ from ..curation.pool import INLINE, Pool, pool
 from ..curation.reading.source import read_source
 from ..curation.rows import digest as digest_of
 from ..tuning.hub import model_folder
+from ..tuning.trackers import check_trackers
 from .models import Workshop, set_plan
 from .progress import Bar, Done, Silent, interrupts_wait, timed
 from .recipe import Curate, Recipe, Source, Train, check, digest, dump
@@ -82,6 +83,8 @@ def run(
     waiting = waiting_sets(recipe) if parts == "curate" else ()
     if finished(recipe, folder, parts):
         return Result(folder, cached=True, waiting=waiting)
+    if parts == "all":
+        check_trackers([name for stage in recipe.trained().values() for name in stage.settings.track])
     started = start(recipe, folder, previous)
     for caution in cautions(recipe):
         show.say(f"! {caution}")

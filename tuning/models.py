@@ -160,18 +160,22 @@ def _check_embedding(tokenizer: Any, folder: Path) -> None:
 
 def check_model(folder: Path) -> None:
     """HouseError unless `folder` holds a configuration and weights."""
-    if not folder.is_dir():
-        raise HouseError(f"there is no model folder {folder}")
-    if not (folder / "config.json").is_file():
-        raise HouseError(f"{folder} holds no config.json: not a model in Hugging Face's format")
+    _check_config(folder)
     if not any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
         raise HouseError(f"{folder} holds a config.json but no weights ({' or '.join(_WEIGHTS)})")
 
 
+def _check_config(folder: Path) -> None:
+    if not folder.is_dir():
+        raise HouseError(f"there is no model folder {folder}")
+    if not (folder / "config.json").is_file():
+        raise HouseError(f"{folder} holds no config.json: not a model in Hugging Face's format")
+
+
 def load_config(folder: Path) -> Any:
-    """The configuration of the model in `folder`. HouseError where `check_model` finds none, or transformers cannot
-    read it or does not know its architecture."""
-    check_model(folder)
+    """The configuration of the model in `folder`. HouseError where there is none, or transformers cannot read it or
+    does not know its architecture."""
+    _check_config(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # as in load_model

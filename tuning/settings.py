@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from typing import Literal
 
 
@@ -115,6 +115,11 @@ class Training:
             if not low <= value <= high or value == inf:
                 bound = f"from {low:g} to {high:g}" if high < inf else f"{low:g} or more"
                 raise ValueError(f"{name} is {bound}, not {value}")
+        lora = self.lora
+        if lora is not None and (lora.rank < 1 or not 0 <= lora.dropout < 1 or not 0 < lora.lora_plus_ratio < inf):
+            raise ValueError("lora: rank is 1 or more, dropout from 0 to below 1, lora_plus_ratio above 0")
+        if lora is not None and not isfinite(lora.alpha):
+            raise ValueError(f"lora: alpha is a number, not {lora.alpha}")
         if self.checkpointing not in ("none", "layers") and int(self.checkpointing) < 0:
             raise ValueError(f"checkpointing is none, layers, or how many of them, not {self.checkpointing}")
         if not self.epochs and not self.max_steps:

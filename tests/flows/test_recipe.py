@@ -139,6 +139,7 @@ def test_overrides_reach_every_part() -> None:
         TEXT,
         overrides=[
             "stages.sft.max_steps=9",
+            "stages.sft.lora.rank=2",
             "stages.longer.lora.rank=2",
             "sets.clean.held_out=0.5",
             "sets.clean.ResponseLength.2.low=3",
@@ -179,9 +180,9 @@ def test_a_wrong_override_is_named(override: str, message: str) -> None:
 
 def test_an_anchor_is_overridden_in_one_place_only() -> None:
     text = TEXT.replace("lora: {rank: 4}", "lora: &small {rank: 4}").replace("lora: null", "lora: *small")
-    recipe = load_text(text, overrides=["stages.longer.lora.rank=8"])
+    recipe = load_text(text, overrides=["stages.longer.lora.dropout=0.5"])
     assert recipe.trained()["sft"].settings.lora == Lora(rank=4)
-    assert recipe.trained()["longer"].settings.lora == Lora(rank=8)
+    assert recipe.trained()["longer"].settings.lora == Lora(rank=4, dropout=0.5)
 
 
 def test_an_unknown_recipe_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Training stages in recipes and on the command line: every objective, losses by name, options or dotted path."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from gristmill.flows.cli import app
 from gristmill.flows.losses import show_losses
 from gristmill.flows.models import Workshop
 from gristmill.flows.recipe import build_settings, dump, load_text
+from gristmill.flows.run import run
 from gristmill.flows.training import train_stage
 from gristmill.tuning.losses import LOSSES
 from gristmill.tuning.settings import Training
@@ -63,10 +65,21 @@ def test_every_objective_and_form_of_a_loss_is_read_and_dumped_back() -> None:
         ("{simpo: {beta: 2.5}}", "kto", "tiny.yaml:12: loss kto is one of unpaired; dpo trains on pairs or lists"),
         ("loss: kto", "loss: no_such_module.loss", "tiny.yaml:19: loss no_such_module.loss: cannot import"),
         ("optimizer: lion", "optimizer: tiger", "tiny.yaml:20: 'tiger' is none of adamw, lion"),
-        ("checkpointing: layers", "checkpointing: some", "tiny.yaml:21: 'some' is none of none, layers, nor a whole number"),
+        (
+            "checkpointing: layers",
+            "checkpointing: some",
+            "tiny.yaml:21: 'some' is none of none, layers, nor a",
+        ),
         ("[tensorboard, wandb]", "[mlflow]", "tiny.yaml:14: 'mlflow' is none of tensorboard, trackio, wandb"),
         ("checkpointing: 4", "evaluate_every: 5", "set 'pairs' holds no rows out (held_out: 0)"),
         ("set: single\n", "set: pairs\n", "kto trains on kto rows; set 'pairs' holds preference"),
+        ("checkpointing: 4", "lora: {rank: 0}", "tiny.yaml:10: Training: lora: rank is 1 or more, dropout from 0"),
+        ("checkpointing: 4", "lora: {alpha: nan}", "tiny.yaml:10: Training: lora: alpha is a number, not nan"),
+        (
+            "checkpointing: 4",
+            "lora: {rank: 4}",
+            "continues 'dpo', whose lora.rank is 4, not 16: write the same",
+        ),
         ("checkpointing: 4", "capacity: 1", "tiny.yaml:10: Training: capacity is 2 or more, not 1"),
     ],
 )
@@ -89,6 +102,16 @@ def test_the_command_line_reads_losses_as_recipes_do() -> None:
     with pytest.raises(HouseError, match=r"a list belongs here, as in \[a, b\], not 'q_proj,v_proj'"):
         build_settings(Training, ["lora.targets=q_proj,v_proj"])
     assert {command.name or command.callback.__name__ for command in app.registered_commands} > {"sft", "dpo", "kto"}
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    recipe = load_text(TEXT.replace("[tensorboard, wandb]", "[wandb]"), "tiny.yaml")
+    with pytest.raises(HouseError, match="track: wandb is not installed"):
+        run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_list_of_losses_names_each_with_its_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
