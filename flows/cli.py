@@ -400,10 +400,21 @@ def new_model(
     make_single(folder, corpus, [f"params={params}", *(settings or ())], Terminal())
 
 
+def _check_arguments(arguments: list[str]) -> None:
+    """HouseError for a path whose bytes are no UTF-8, which Parquet and JSON cannot name."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(argument).decode(errors="backslashreplace")
+            raise HouseError(f"{shown!r} is not UTF-8: rename that file or folder, or name another") from error
+
+
 def main() -> None:
     """The console script: HouseError is a message, not a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
+        _check_arguments(sys.argv[1:])
         app()
     except HouseError as error:
         typer.secho(str(error), fg=typer.colors.RED, err=True)

@@ -47,6 +47,11 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+def test_a_path_that_is_not_utf_8_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "sft", "caf\udce9.jsonl", "--model", "m", "--out", "o") == 1
+    assert "caf\\\\xe9.jsonl' is not UTF-8: rename" in capsys.readouterr().err
+
+
 def test_an_error_is_one_message_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
