@@ -89,6 +89,8 @@ def train(
             held = None
             if settings.evaluate_every:
                 held = held_out_plan(loss.family, tokenizer, data, settings.capacity, context)
+            for read in (plan,) if held is None else (plan, held):
+                _embeddable(read, config)
             policy = _policy(model, adapter, settings, place)
             view = outlook(config, plan, settings, place.device, policy.dtype, loss.reference, here.size)
             run = {"status": "running", "name": name, **inputs, **place.record(), "processes": here.size}
@@ -113,6 +115,19 @@ def train(
             _export(stage, tokenizer, model, out / _result(settings))
             _export_best(trained, best, tokenizer, model)
         return here.first(lambda: _complete(out, run, view, best))
+
+
+def _embeddable(plan: Plan, config: Any) -> None:
+    """HouseError where a row says a token that the model's embedding has no row for."""
+    rows, units = config.get_text_config().vocab_size, plan.units
+    highest = np.asarray([document.ids.max(initial=0) for document in units.documents])
+    if highest.max(initial=0) >= rows:
+        beyond = np.logical_or.reduceat(highest >= rows, units.first[:-1])
+        found = [row for row, one in zip(units.row_ids, beyond, strict=True) if one]
+        raise HouseError(
+            f"the model's embedding has {rows} rows and none for token id {highest.max()} of {len(found)} rows, such as"
+            f" {', '.join(found[:3])}: a special token written out in their text. Drop these rows or that text"
+        )
 
 
 def _silent(event: dict[str, Any]) -> None:

@@ -146,13 +146,19 @@ def check_vocabulary(tokenizer: Any, folder: Path) -> None:
 
 
 def _check_embedding(tokenizer: Any, folder: Path) -> None:
-    """HouseError where the tokenizer gives ids that the embedding has no row for."""
+    """HouseError where the tokenizer gives ids that the embedding has no row for.
+
+    Special tokens may lie beyond it: text models of Gemma 3 share the tokenizer of those that read images, and have no
+    row for the placeholder of an image (262,144). `loop.train` refuses rows that say one.
+    """
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    if rows and len(tokenizer) > rows:
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    highest = max(id_ for id_ in tokenizer.get_vocab().values() if id_ not in special)  # ids may have gaps
+    if rows and highest >= rows:
         raise HouseError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model's embedding {rows} rows: the last ids"
+            f"the tokenizer in {folder} has ids up to {highest}, the model's embedding {rows} rows: the last ids"
             " would read beyond it. Put the tokenizer there that the model was trained with, or give the model its rows"
             " by transformers' resize_token_embeddings and save it again"
         )
@@ -180,7 +186,7 @@ def load_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # as in load_model
         said = " ".join(str(error).split("\n\n")[0].split())
-        raise HouseError(f"{folder}/config.json describes no model that transformers can load: {said}") from error
+        raise HouseError(f"{folder} holds no model that transformers can load; config.json: {said}") from error
 
 
 def torch_dtype(name: str, device: str) -> torch.dtype:

@@ -19,7 +19,7 @@ from gristmill.curation.rows import content_id, counted_row_id, message, table
 from gristmill.curation.shards import write_curated
 from gristmill.tuning.export import export
 from gristmill.tuning.loop import train
-from gristmill.tuning.models import load_model, train_tokenizer
+from gristmill.tuning.models import load_model, load_tokenizer, train_tokenizer
 from gristmill.tuning.settings import Lora, Training
 
 WINDOW = {"sliding_window": 8}
@@ -114,8 +114,21 @@ def test_a_model_whose_documents_cannot_be_kept_apart_is_refused_by_name(data: P
 def test_a_vocabulary_larger_than_the_embedding_is_refused(data: Path, tmp_path: Path) -> None:
     """The ids beyond it would read outside the matrix; the mistake is a base and a tokenizer that do not belong."""
     base = make_base(tmp_path / "base", "llama", vocab=270)
-    with pytest.raises(HouseError, match=r"\d+ tokens.* 270 rows.*resize_token_embeddings"):
+    with pytest.raises(HouseError, match=r"ids up to 2\d\d.* 270 rows.*resize_token_embeddings"):
         train("sft", data, base, tmp_path / "run", SETTINGS)
+
+
+def test_a_special_token_beyond_the_embedding_is_refused_where_a_row_says_it(data: Path, tmp_path: Path) -> None:
+    """Gemma 3's text models have no row for the placeholder of an image that their tokenizer knows."""
+    base = make_base(tmp_path / "base", "llama")
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(base)
+    assert train("sft", data, base, tmp_path / "run", SETTINGS)["status"] == "complete"
+    turns = [message("user", "mill <image>"), message("assistant", "grain")]
+    said = curate(tmp_path / "said", iter([turns]))
+    with pytest.raises(HouseError, match=r"id \d+ .*of 1 rows.* such as [0-9a-f]{32}"):
+        train("sft", said, base, tmp_path / "refused", SETTINGS)
 
 
 def test_an_embedding_larger_than_the_vocabulary_is_common_and_fine(data: Path, tmp_path: Path) -> None:

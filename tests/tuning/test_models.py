@@ -176,10 +176,10 @@ def test_folders_that_hold_no_model(made: Path, tmp_path: Path) -> None:
 def test_a_configuration_that_cannot_be_read_is_refused(made: Path, tmp_path: Path, config: str, said: str) -> None:
     shutil.copytree(made, tmp_path / "odd")
     (tmp_path / "odd" / "config.json").write_text(config)
-    with pytest.raises(HouseError, match=rf"odd/config\.json describes no model .*{said}") as error:
+    with pytest.raises(HouseError, match=rf"odd holds no model .* config\.json: .*{said}") as error:
         load_config(tmp_path / "odd")
     assert "pip install git+" not in str(error.value)
-    with pytest.raises(HouseError, match="describes no model"):
+    with pytest.raises(HouseError, match="holds no model"):
         load_model(tmp_path / "odd")
 
 
