@@ -23,6 +23,7 @@ from gristmill.curation.rows import table
 from gristmill.curation.selecting.selection import Pool, row_keys
 
 Make = Callable[..., dict[str, Any]]
+HOME = tempfile.TemporaryDirectory()  # removed when the tests end
 TOPICS = ("knead dough yeast", "nova parsec comet", "delta meander weir", "verb noun tense", "rook pawn queen")
 
 
@@ -33,7 +34,7 @@ class Rows:
         self, rows: list[dict[str, Any]], values: Sequence[float | None], part: int = 1000, kept: Path | None = None
     ) -> None:
         self.all, self.scores, self.part = rows, list(values), part
-        self.kept = Path(tempfile.mkdtemp()) if kept is None else kept
+        self.kept = Path(tempfile.mkdtemp(dir=HOME.name)) if kept is None else kept
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         for start in range(0, len(self.all), self.part):

@@ -38,6 +38,9 @@ Make = Callable[..., dict[str, Any]]
 Verdicts = dict[str, dict[str, Any]]
 
 
+HOME = tempfile.TemporaryDirectory()  # removed when the tests end
+
+
 @dataclass(frozen=True)
 class Scores:
     """A measure whose values the fake corpus makes up."""
@@ -61,7 +64,7 @@ class Rows:
     """A corpus in parts; a row's values stand in its meta, its embedding follows from the topic there."""
 
     def __init__(self, rows: list[dict[str, Any]], part: int = 1000) -> None:
-        self.all, self.part, self.rows, self.kept = rows, part, len(rows), Path(tempfile.mkdtemp())
+        self.all, self.part, self.rows, self.kept = rows, part, len(rows), Path(tempfile.mkdtemp(dir=HOME.name))
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         for start in range(0, len(self.all), self.part):
