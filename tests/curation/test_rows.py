@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,15 @@ def test_what_a_killed_run_left_half_written_is_swept_and_nothing_else(tmp_path:
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
-    with sole(tmp_path / "out"), pytest.raises(HouseError, match="another run is writing in"), sole(tmp_path / "out"):
-        raise AssertionError("two runs in one folder")
-    with sole(tmp_path / "out"):
-        pass
+    def another() -> None:
+        with sole(tmp_path / "out"):
+            pass
+
+    with sole(tmp_path / "out"), ThreadPoolExecutor(1) as elsewhere:
+        another()  # of the same run
+        with pytest.raises(HouseError, match="another run is writing in"):
+            elsewhere.submit(another).result()
+    another()
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
