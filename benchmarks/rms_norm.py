@@ -10,7 +10,6 @@ fp32 on a CPU.
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from machine import installed, processor
-from nf4 import timed, timed_cuda
+from nf4 import medians
 from tables import show
 from torch import Tensor
 
@@ -68,21 +67,14 @@ def measured(x: Tensor, weight: Tensor, dy: Tensor, repeats: int) -> list[dict[s
     calls: dict[str, Callable[[], Any]] = {"copy": lambda: dy.copy_(x.detach())}
     for name, way in WAYS.items():
         calls[name] = lambda way=way: torch.autograd.grad(way(x, weight), x, dy)
-    clock = timed_cuda if x.is_cuda else timed
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 2):
-        for name, call in calls.items():
-            taken = clock(call)
-            if turn >= 2:
-                seconds[name].append(taken)
-    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    seconds = medians(calls, x.device, repeats)
     return [
         {
             "contender": name,
-            "ms": round(medians[name] * 1e3, 3),
-            "theirs/ours": round(medians[name] / medians["ours"], 2),
+            "ms": round(seconds[name] * 1e3, 3),
+            "theirs/ours": round(seconds[name] / seconds["ours"], 2),
             "kept MB": round(kept(way, x, weight) / 1e6, 2),
-            "share": round(2.5 * medians["copy"] / medians[name], 2),
+            "share": round(2.5 * seconds["copy"] / seconds[name], 2),
         }
         for name, way in WAYS.items()
     ]

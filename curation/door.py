@@ -91,6 +91,11 @@ class StreamingChat(Protocol):
         """(place in `requests`, answer or error), each place once, in the order in which answers come."""
 
 
+def cost(price: tuple[float, float], prompt_tokens: int, tokens: int) -> float:
+    """Money, in the currency of a ChatModel's price."""
+    return (prompt_tokens * price[0] + tokens * price[1]) / 1e6
+
+
 @dataclass
 class Requests:
     """What became of requests: asked = answered + failed (by kind of error); answered = parsed + unparsed (by reason).
@@ -116,7 +121,7 @@ class Requests:
         self.tokens += answer.tokens
         self.cached += answer.cached
         if not answer.cached:
-            self.cost += (answer.prompt_tokens * price[0] + answer.tokens * price[1]) / 1e6
+            self.cost += cost(price, answer.prompt_tokens, answer.tokens)
 
     def record(self) -> dict[str, Any]:
         """As the step's record holds it."""

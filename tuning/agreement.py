@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from .chat import conversation_ids
 from .lora import load_adapter
-from .models import no_bars
+from .models import load_config, no_bars
 from .quantised import is_nf4, load_nf4
 
 # Of the logits' spread. fp32: sums in another order. fp16, bf16: one rounding of each weight, through the layers. nf4:
@@ -43,7 +43,7 @@ def logits_of(
 ) -> list[Tensor]:
     """Logits (T, V), in fp32 on the CPU, of each row of ids under a model's folder and maybe an adapter. The weights
     are kept and computed with in `dtype`; the attention is transformers' own."""
-    config = AutoConfig.from_pretrained(model, local_files_only=True)
+    config = load_config(model)
     with no_bars():
         if is_nf4(config):
             loaded: Any = load_nf4(model, config, dtype)

@@ -16,11 +16,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ...curation.door import ChatAnswer, ChatError, ChatModel, ChatRequest, Progress, Sampling, StreamingChat
+from ...curation.door import ChatAnswer, ChatError, ChatModel, ChatRequest, Progress, Sampling, StreamingChat, cost
 from ...curation.folder import HouseError
 from ...curation.rows import digest as digest_of
 from .settings import Price
-from .spend import Spend, cost
+from .spend import Spend
 from .wire import Told, in_order, whole_characters
 
 GROUP = 1024  # requests handed at once to a model that does not stream: all of them are kept together

@@ -5,13 +5,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...curation.door import ChatAnswer, ChatError
+from ...curation.door import ChatAnswer, ChatError, cost
 from .settings import Budget, Price
-
-
-def cost(price: Price, prompt_tokens: int, tokens: int) -> float:
-    """Money, in the currency of the price."""
-    return (prompt_tokens * price[0] + tokens * price[1]) / 1e6
 
 
 @dataclass

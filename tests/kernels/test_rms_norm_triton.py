@@ -1,12 +1,9 @@
-"""The Triton kernels of the norm in Triton's interpreter (a process of its own: the variable that turns it on must
-stand before triton is imported), fp32 and fp16, against torch in fp64; compiled for Hopper; in bf16 on a GPU."""
-
-import os
-import subprocess
-import sys
+"""The Triton kernels of the norm in the interpreter, fp32 and fp16, against torch in fp64; for Hopper; on a GPU."""
 
 import pytest
 import torch
+
+from tests.kernels.triton_process import run
 
 pytest.importorskip("triton")
 
@@ -93,26 +90,17 @@ print("held")
 """
 
 
-def run(device: str, *dtypes: str, interpret: bool, check: str = CHECK) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"} if interpret else {**os.environ}
-    if not interpret:
-        environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", check, device, *dtypes]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert found.returncode == 0 and found.stdout.strip() == "held", found.stderr[-2000:]
-
-
 def test_in_the_interpreter() -> None:
-    run("cpu", "float32", "float16", interpret=True)
+    run(CHECK, "cpu", "float32", "float16", interpret=True)
 
 
 def test_compiled_for_hopper() -> None:
     """In bf16, with 16-byte accesses and no register array in memory, for heads and for a decoder's width."""
-    run("cpu", interpret=False, check=COMPILED)
+    run(COMPILED, "cpu", interpret=False)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    run("cuda", "float32", "float16", "bfloat16", interpret=False)
+    run(CHECK, "cuda", "float32", "float16", "bfloat16", interpret=False)
